@@ -1,0 +1,1 @@
+"""Integration: the project on real runtimes and real containers."""

@@ -1,0 +1,1 @@
+"""Real containers on stock runc, for the quickstart and for tests."""

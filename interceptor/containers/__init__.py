@@ -1,0 +1,1 @@
+"""The containers that are guarded, and what they were created with."""

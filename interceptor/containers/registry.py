@@ -1,0 +1,116 @@
+"""The registered containers: all that is known and held of each, and how it is kept for a successor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from interceptor.kernel.fd import OwnedFd
+from interceptor.mounts.composite import Material
+from interceptor.mounts.lineage import Baseline, MountClass, Recorded
+from interceptor.mounts.managed import Cover, Covered, Plan
+
+
+@dataclass
+class Container:
+    """One container. Descriptors in here are closed by `close`."""
+
+    cid: str
+    pid: int
+    """Its first process, in the host's numbering."""
+    bundle: str
+    created_ns: int
+    """CLOCK_BOOTTIME."""
+    uid: int
+    gid: int
+    """The host's numbers of its root."""
+    pidfd: OwnedFd
+    userns: OwnedFd
+    netns: OwnedFd
+    material: Material
+    baseline: Baseline
+    listeners: dict[int, OwnedFd] = field(default_factory=dict)
+    next_listener: int = 0
+    guard_pid: int = 0
+    envoy_pid: int = 0
+    envoy_pidfd: OwnedFd | None = None
+
+    def close(self) -> None:
+        """Lets go of everything that is held for it."""
+        for fd in [self.pidfd, self.userns, self.netns, *self.listeners.values()]:
+            fd.close()
+        if self.envoy_pidfd is not None:
+            self.envoy_pidfd.close()
+        self.listeners.clear()
+        self.material.close()
+
+
+class Registry:
+    """The one place that knows which containers there are."""
+
+    def __init__(self) -> None:
+        self._containers: dict[str, Container] = {}
+
+    def add(self, container: Container) -> None:
+        self._containers[container.cid] = container
+
+    def get(self, cid: str) -> Container | None:
+        return self._containers.get(cid)
+
+    def remove(self, cid: str) -> Container | None:
+        return self._containers.pop(cid, None)
+
+    def all(self) -> list[Container]:
+        return list(self._containers.values())
+
+    def __len__(self) -> int:
+        return len(self._containers)
+
+
+def to_record(container: Container) -> dict[str, Any]:
+    """What a successor needs to know, as JSON. Paths are Latin-1 text: one character a byte."""
+    baseline = container.baseline
+    return {
+        "cid": container.cid,
+        "pid": container.pid,
+        "bundle": container.bundle,
+        "created_ns": container.created_ns,
+        "uid": container.uid,
+        "gid": container.gid,
+        "guard_pid": container.guard_pid,
+        "envoy_pid": container.envoy_pid,
+        "namespace": baseline.namespace,
+        "shield_dev": list(baseline.shield_dev),
+        "plan": {"proc": _covers(baseline.plan.proc), "sys": _covers(baseline.plan.sys)},
+        "mounts": [
+            [m.mnt_id, m.kind.value, _text(m.point), list(m.dev), _text(m.root), m.attributes]
+            for m in baseline.mounts.values()
+        ],
+    }
+
+
+def baseline_of(record: dict[str, Any]) -> Baseline:
+    """The baseline in a record of `to_record`."""
+    plan = Plan(proc=_covered(record["plan"]["proc"]), sys=_covered(record["plan"]["sys"]))
+    mounts = {
+        mnt_id: Recorded(mnt_id, MountClass(kind), _bytes(point), (dev[0], dev[1]), _bytes(root), attributes)
+        for mnt_id, kind, point, dev, root, attributes in record["mounts"]
+    }
+    shield = record["shield_dev"]
+    return Baseline(record["namespace"], plan, mounts, (shield[0], shield[1]))
+
+
+def _covers(covers: tuple[Covered, ...]) -> list[list[object]]:
+    return [[_text(c.path), c.cover.value, c.readonly] for c in covers]
+
+
+def _covered(rows: list[list[Any]]) -> tuple[Covered, ...]:
+    return tuple(Covered(_bytes(path), Cover(cover), readonly) for path, cover, readonly in rows)
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("latin-1")
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("latin-1")

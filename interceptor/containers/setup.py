@@ -1,0 +1,254 @@
+"""Setting a container up: its mounts rebuilt as welded ones, in place, and recorded.
+
+Between the runtime's mounts and pivot_root (createRuntime hook) the whole tree is built anew in the workshop and takes
+the old one's place in one step. A container whose hook never ran is set up when its listener arrives: then each base
+and each protected mount is replaced where it stands.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from interceptor.errors import ContainerError, SyscallError
+from interceptor.kernel import mount, process, stat
+from interceptor.kernel.fd import OwnedFd
+from interceptor.kernel.flags import MountAttr, ResolveFlag, UmountFlag
+from interceptor.kernel.namespaces import visiting
+from interceptor.kernel.stat import MountStat
+from interceptor.mounts.composite import Composer, Material
+from interceptor.mounts.lineage import Baseline, MountClass, Recorded, is_base, path_in_fs, welded_to
+from interceptor.mounts.managed import BASE_TYPES, Plan
+from interceptor.mounts.tree import Node, chain_to_root, visible_tree
+
+PROTECTED = (
+    MountAttr.MOUNT_ATTR_RDONLY
+    | MountAttr.MOUNT_ATTR_NOSUID
+    | MountAttr.MOUNT_ATTR_NODEV
+    | MountAttr.MOUNT_ATTR_NOEXEC
+)
+_NO_LINKS = ResolveFlag.RESOLVE_NO_SYMLINKS | ResolveFlag.RESOLVE_NO_MAGICLINKS
+
+
+@dataclass
+class Site:
+    """The mount namespace that is worked on."""
+
+    namespace: OwnedFd
+    namespace_id: int
+    home: OwnedFd
+    """The workshop's namespace, to which the visiting thread returns."""
+    top: bytes
+    """Path of the container's root within the namespace: the rootfs before pivot_root, ``/`` after."""
+
+    def mounts(self) -> list[MountStat]:
+        """Every mount of the namespace; those that vanish meanwhile are left out."""
+        found = []
+        for mount_id in stat.listmount(namespace=self.namespace_id):
+            try:
+                found.append(stat.statmount(mount_id, self.namespace_id))
+            except SyscallError:
+                continue
+        return found
+
+    def inside(self, point: bytes) -> bytes:
+        """A mount point as the container will see it."""
+        return b"/" + point[len(self.top.rstrip(b"/")) :].strip(b"/")
+
+
+def _walk(node: Node[MountStat]) -> Iterator[Node[MountStat]]:
+    yield node
+    for child in node.children:
+        yield from _walk(child)
+
+
+def _open_exactly(found: MountStat) -> OwnedFd:
+    """The root of that very mount, in its own namespace. Raises `SyscallError`, `ContainerError`."""
+    fd = process.openat2(mount.AT_FDCWD, found.point, os.O_PATH | os.O_NOFOLLOW, _NO_LINKS)
+    if stat.statx(fd).mnt_id != found.mnt_id:
+        fd.close()
+        raise ContainerError(f"{os.fsdecode(found.point)} changed while it was looked at")
+    return fd
+
+
+@dataclass
+class _Piece:
+    """A detached clone of one mount, and what it was cloned from."""
+
+    node: Node[MountStat]
+    tree: OwnedFd
+    whole: bool
+    """Cloned with everything below it, because some of that is locked already."""
+
+
+def _clone_pieces(site: Site, node: Node[MountStat]) -> list[_Piece]:
+    """Clones of the mounts of a tree, parents first. Runs in the visiting thread."""
+    with _open_exactly(node.mount) as fd:
+        try:
+            pieces = [_Piece(node, mount.clone_mount(fd), whole=False)]
+        except SyscallError:
+            if is_base(node.mount):
+                # Covered by locked mounts already, so no bare clone can be had; see `_bare_base`.
+                pieces = [_Piece(node, mount.clone_mount(fd, recursive=True), whole=False)]
+            else:
+                # What came locked from the host stays with its parent.
+                return [_Piece(node, mount.clone_mount(fd, recursive=True), whole=True)]
+    for child in node.children:
+        pieces.extend(_clone_pieces(site, child))
+    return pieces
+
+
+class Builder:
+    """Rebuilds the mounts of one container."""
+
+    def __init__(self, composer: Composer, material: Material, site: Site, network: OwnedFd) -> None:
+        self._composer = composer
+        self._material = material
+        self._site = site
+        self._network = network
+        self._parents: dict[int, MountStat] = {}
+
+    def survey(self) -> Node[MountStat]:
+        """The container's mounts as they are. Raises `ContainerError`."""
+        try:
+            tree = visible_tree(self._site.mounts(), self._site.top)
+        except LookupError as error:
+            raise ContainerError(f"the root filesystem is no mount point: {error}") from None
+        self._parents = {c.mount.mnt_id: n.mount for n in _walk(tree) for c in n.children}
+        return tree
+
+    def take_bare_clones(self, tree: Node[MountStat]) -> dict[bytes, OwnedFd]:
+        """Bare clones of the first procfs and sysfs base, for the workshop and for the envoy."""
+        found: dict[bytes, OwnedFd] = {}
+        for node in _walk(tree):
+            fstype = node.mount.fstype
+            if is_base(node.mount) and fstype not in found:
+                found[fstype] = self._bare_base(node.mount)
+                self._material.keep_bare(node.mount.dev, found[fstype].dup())
+        return found
+
+    def _bare_base(self, base: MountStat) -> OwnedFd:
+        with visiting(self._site.namespace, self._site.home):
+            try:
+                with _open_exactly(base) as fd:
+                    return mount.clone_mount(fd)
+            except SyscallError:
+                if base.fstype != b"sysfs":
+                    raise
+        # A bind of the host's sysfs comes with locked mounts on it; a fresh one of that network namespace is the same.
+        return mount.fresh_mount(b"sysfs", {}, network_namespace=self._network)
+
+    def rebuild_whole(self, tree: Node[MountStat], root_readonly: bool) -> None:
+        """Replaces everything at the container's root in one step; nothing of the container runs yet."""
+        with visiting(self._site.namespace, self._site.home):
+            pieces = _clone_pieces(self._site, tree)
+        new = self._assemble(pieces, root_readonly)
+        with new, visiting(self._site.namespace, self._site.home):
+            with _open_exactly(tree.mount):
+                mount.umount2(self._site.top, UmountFlag.MNT_DETACH)
+            mount.attach(new, mount.AT_FDCWD, self._site.top)
+
+    def rebuild_in_place(self, tree: Node[MountStat]) -> None:
+        """Replaces each base and each protected mount below the root, where it stands, without a gap."""
+        for node in tree.children:
+            self._replace(node)
+
+    def _replace(self, node: Node[MountStat]) -> None:
+        if not any(is_base(n.mount) or n.mount.attributes & PROTECTED for n in _walk(node)):
+            return
+        with visiting(self._site.namespace, self._site.home):
+            pieces = _clone_pieces(self._site, node)
+        new = self._assemble(pieces, root_readonly=False)
+        with new, visiting(self._site.namespace, self._site.home), _open_exactly(node.mount) as old:
+            try:
+                mount.attach(new, old, beneath=True)
+                _detach(old)
+            except SyscallError:
+                _detach(old)
+                mount.attach(new, mount.AT_FDCWD, node.mount.point)
+
+    def _assemble(self, pieces: list[_Piece], root_readonly: bool) -> OwnedFd:
+        """One detached tree of welded clones; the locks are below bases only, the flags are locked everywhere."""
+        root: OwnedFd | None = None
+        top = pieces[0].node.mount.point
+        for piece in pieces:
+            welded = self._weld_piece(piece, root_readonly and root is None)
+            if welded is None:
+                continue
+            if root is None:
+                root = welded
+                continue
+            inside = piece.node.mount.point[len(top.rstrip(b"/")) :].strip(b"/")
+            flags = ResolveFlag.RESOLVE_IN_ROOT | _NO_LINKS
+            with welded, process.openat2(root, inside, os.O_PATH | os.O_NOFOLLOW, flags) as at:
+                mount.attach(welded, at)
+        assert root is not None
+        return root
+
+    def _weld_piece(self, piece: _Piece, readonly: bool) -> OwnedFd | None:
+        found = piece.node.mount
+        if is_base(found):
+            bare = self._material.bare.get(found.dev)
+            base = mount.clone_mount(bare) if bare else mount.clone_mount(piece.tree)
+            with piece.tree:
+                attributes = found.attributes & PROTECTED
+                if attributes:
+                    mount.mount_setattr(base, set_=attributes)
+                covers = self._material.plan.of(found.fstype)
+                self._composer.cover(base, b"", found.fstype, self._material, covers, bare or base)
+                if attributes & MountAttr.MOUNT_ATTR_RDONLY:
+                    mount.mount_setattr(base, set_=MountAttr.MOUNT_ATTR_RDONLY, recursive=True)
+                return self._composer.weld(base)
+        if self._is_planned(piece):
+            piece.tree.close()
+            return None
+        if readonly:
+            mount.mount_setattr(piece.tree, set_=MountAttr.MOUNT_ATTR_RDONLY)
+        if readonly or found.attributes & PROTECTED:
+            return self._composer.weld(piece.tree)
+        return piece.tree
+
+    def _is_planned(self, piece: _Piece) -> bool:
+        """Whether the runtime mounted something where the plan has a cover: the cover is enough."""
+        found = piece.node.mount
+        parent = self._parents.get(found.mnt_id)
+        if parent is None or parent.fstype not in BASE_TYPES:
+            return False
+        return path_in_fs(parent, found.point) in self._material.plan.paths(parent.fstype)
+
+    def record(self, shield_dev: tuple[int, int]) -> Baseline:
+        """The baseline: every mount of the container by unique mount ID."""
+        mounts = self._site.mounts()
+        ids = {m.mnt_id: m for m in mounts}
+        recorded: dict[int, Recorded] = {}
+        plan = self._material.plan
+        for found in mounts:
+            top = self._site.top
+            if found.point != top and not found.point.startswith(top.rstrip(b"/") + b"/"):
+                continue
+            chain = chain_to_root(found, ids)
+            recorded[found.mnt_id] = Recorded(
+                mnt_id=found.mnt_id,
+                kind=_original_class(chain, plan),
+                point=self._site.inside(found.point),
+                dev=found.dev,
+                root=found.root,
+                attributes=found.attributes,
+            )
+        return Baseline(self._site.namespace_id, plan, recorded, shield_dev)
+
+
+def _original_class(chain: list[MountStat], plan: Plan) -> MountClass:
+    if is_base(chain[0]):
+        return MountClass.ORIGINAL_BASE
+    return MountClass.IMMUTABLE if welded_to(chain, plan) is None else MountClass.ORIGINAL_SUBMOUNT
+
+
+def _detach(fd: OwnedFd) -> None:
+    """Lazily unmounts exactly the mount of a descriptor; for the visiting thread."""
+    os.fchdir(fd.fileno())
+    try:
+        mount.umount2(b".", UmountFlag.MNT_DETACH | UmountFlag.UMOUNT_NOFOLLOW)
+    finally:
+        os.chdir("/")

@@ -1,0 +1,95 @@
+"""The control socket: how the hook, the wrapper and the command line talk to the daemon.
+
+A Unix stream socket, mode 0600, for root only. Each request is one JSON object on a line, with its operation under
+``op``; each reply is one line, ``{"ok": true, "result": …}`` or ``{"ok": false, "error": "…", "hint": "…"}``. A line
+has at most `MESSAGE_MAX` bytes. A connection may carry several requests, which are answered in turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from interceptor.client import MESSAGE_MAX, request
+from interceptor.errors import InterceptorError, ProtocolError
+from interceptor.observe.log import get_logger
+from interceptor.sockets import RootServer
+
+__all__ = ["MESSAGE_MAX", "Handler", "request", "start_control_server"]
+
+#: Gets one request, returns what goes into ``result`` (anything msgspec can write as JSON). An `InterceptorError` is
+#: told to the client; any other exception is logged and told as an internal error.
+Handler = Callable[[dict[str, object]], Awaitable[object]]
+
+
+async def start_control_server(path: str, handler: Handler) -> RootServer:
+    """Serve the control protocol at ``path``. Raises `InterceptorError` where another daemon does."""
+
+    async def serve(connection: socket.socket) -> None:
+        # The limit is for the line without its newline.
+        reader, writer = await asyncio.open_unix_connection(sock=connection, limit=MESSAGE_MAX - 1)
+        try:
+            await _serve_requests(reader, writer, handler)
+        except ConnectionError:
+            get_logger(socket=path).debug("a client of the control socket left before its reply")
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+    return RootServer(path, serve)
+
+
+async def _serve_requests(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, handler: Handler
+) -> None:
+    while True:
+        try:
+            line = await reader.readuntil(b"\n")
+        except asyncio.IncompleteReadError as error:
+            if error.partial:
+                await _send(writer, _refusal(ProtocolError("the request does not end in a newline")))
+            return
+        except asyncio.LimitOverrunError:
+            await _send(writer, _refusal(ProtocolError(f"the request is longer than {MESSAGE_MAX} bytes")))
+            return
+        await _send(writer, await _reply(line, handler))
+
+
+async def _reply(line: bytes, handler: Handler) -> bytes:
+    op: object = None
+    try:
+        message = _decode(line)
+        op = message["op"]
+        return msgspec.json.encode({"ok": True, "result": await handler(message)})
+    except InterceptorError as error:
+        return _refusal(error)
+    except Exception:
+        get_logger(op=op).exception("internal error in a control request")
+        return _refusal(InterceptorError("internal error", "look at the daemon's log"))
+
+
+def _decode(line: bytes) -> dict[str, object]:
+    try:
+        message = msgspec.json.decode(line, type=dict[str, object])
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise ProtocolError("the request is not a JSON object") from None
+    if not isinstance(message.get("op"), str):
+        raise ProtocolError('the request has no "op"')
+    return message
+
+
+def _refusal(error: InterceptorError) -> bytes:
+    reply = {"ok": False, "error": str(error)}
+    if error.hint:
+        reply["hint"] = error.hint
+    return msgspec.json.encode(reply)
+
+
+async def _send(writer: asyncio.StreamWriter, line: bytes) -> None:
+    writer.write(line + b"\n")
+    await writer.drain()

@@ -1,0 +1,1 @@
+"""Files that are installed as they are."""

@@ -1,0 +1,199 @@
+"""Messages between the daemon and one guard: fixed-size records, as native/api.h declares them."""
+
+from __future__ import annotations
+
+import array
+import enum
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from interceptor._native import ffi, lib
+from interceptor.errors import ProtocolError
+from interceptor.kernel.fd import OwnedFd
+
+
+class Op(enum.IntEnum):
+    """What a guard asks about."""
+
+    UMOUNT = lib.IX_OP_UMOUNT
+    DETACH = lib.IX_OP_DETACH
+    MOVE = lib.IX_OP_MOVE
+    REMOUNT = lib.IX_OP_REMOUNT
+    NEW = lib.IX_OP_NEW
+
+
+class Act(enum.IntEnum):
+    """What a guard is told to do."""
+
+    CONTINUE = lib.IX_ACT_CONTINUE
+    ERROR = lib.IX_ACT_ERROR
+    DETACH = lib.IX_ACT_DETACH
+    SWAP = lib.IX_ACT_SWAP
+    ATTACH = lib.IX_ACT_ATTACH
+    FLAGS = lib.IX_ACT_FLAGS
+
+
+MAX_IDS: int = lib.IX_MAX_IDS
+_FD_COUNT = {Op.UMOUNT: 2, Op.DETACH: 2, Op.MOVE: 2, Op.REMOUNT: 2, Op.NEW: 3}
+_ASK_SIZE: int = ffi.sizeof("struct ix_ask")
+_NOTE_SIZE: int = ffi.sizeof("struct ix_note")
+
+
+@dataclass
+class Ask:
+    """A question, every field checked for its range. The descriptors belong to whoever holds this."""
+
+    op: Op
+    seq: int
+    mnt_id: int
+    flags: int
+    tid: int
+    kind: int
+    """Op.NEW: 1 procfs, 2 sysfs."""
+    hidepid: int | None
+    subset_pid: bool
+    gid: int | None
+    source: bytes
+    fds: list[OwnedFd]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The guard serves the listener of this index."""
+
+    index: int
+
+
+@dataclass
+class Answer:
+    """A verdict; ``tree`` is the composite handed over with SWAP and ATTACH."""
+
+    act: Act
+    error: int = 0
+    cache: bool = False
+    base_id: int = 0
+    there_id: int = 0
+    ids: Sequence[int] = field(default_factory=tuple)
+    tree: OwnedFd | None = None
+
+
+class GuardLink:
+    """The daemon's end of a guard's socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        sock.setblocking(False)
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def _send(self, data: bytes, fds: list[int] | None = None) -> bool:
+        """False if the guard is gone or does not read: nothing is waited for."""
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            self.sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
+        except OSError:
+            return False
+        return True
+
+    def _note(self, kind: int, value: int = 0, fds: list[int] | None = None) -> bool:
+        note = ffi.new("struct ix_note *", {"type": kind, "value": value})
+        return self._send(bytes(ffi.buffer(note)), fds)
+
+    def send_listener(self, index: int, listener: int) -> bool:
+        return self._note(lib.IX_MSG_LISTENER, index, [listener])
+
+    def drop_listener(self, index: int) -> bool:
+        return self._note(lib.IX_MSG_DROP, index)
+
+    def flush(self) -> bool:
+        """The policy changed: cached verdicts are void."""
+        return self._note(lib.IX_MSG_FLUSH)
+
+    def hello(self) -> bool:
+        """A successor is here: what is open is asked again."""
+        return self._note(lib.IX_MSG_HELLO)
+
+    def answer(self, ask: Ask, answer: Answer) -> bool:
+        record = ffi.new("struct ix_answer *")
+        record.type = lib.IX_MSG_ANSWER
+        record.act = answer.act
+        record.seq = ask.seq
+        record.error = answer.error
+        record.cache = answer.cache
+        record.base_id = answer.base_id
+        record.there_id = answer.there_id
+        record.count = min(len(answer.ids), MAX_IDS)
+        for i, mount_id in enumerate(answer.ids[:MAX_IDS]):
+            record.ids[i] = mount_id
+        return self._send(bytes(ffi.buffer(record)), [answer.tree.fileno()] if answer.tree else None)
+
+    def receive(self) -> Ask | Ready | None:
+        """The next message; None at end of file.
+
+        Raises `BlockingIOError` if there is none, `ProtocolError` for what a sound guard never sends.
+        """
+        space = socket.CMSG_SPACE(4 * 4)
+        try:
+            data, ancillary, flags, _ = self.sock.recvmsg(_ASK_SIZE + 1, space, socket.MSG_CMSG_CLOEXEC)
+        except ConnectionError:
+            return None
+        fds: list[OwnedFd] = []
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.extend(OwnedFd(fd) for fd in memoryview(payload).cast("i"))
+        if not data:
+            return None
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise ProtocolError("a guard's message is too long")
+        return _decode(data, fds)
+
+
+def _decode(data: bytes, fds: list[OwnedFd]) -> Ask | Ready:
+    if len(data) == _NOTE_SIZE:
+        note = ffi.from_buffer("struct ix_note *", data)
+        if note.type == lib.IX_MSG_READY:
+            return Ready(int(note.value))
+    if len(data) != _ASK_SIZE:
+        raise ProtocolError(f"a guard's message of {len(data)} bytes")
+    record = ffi.from_buffer("struct ix_ask *", data)
+    try:
+        op = Op(record.op)
+    except ValueError:
+        raise ProtocolError(f"a guard asks about operation {record.op}") from None
+    if record.type != lib.IX_MSG_ASK or len(fds) != _FD_COUNT[op] or record.kind > 2 or record.hidepid > 4:
+        raise ProtocolError(f"a guard's question about {op.name} is malformed")
+    source = bytes(ffi.buffer(record.source)).split(b"\0", 1)[0]
+    return Ask(
+        op=op,
+        seq=record.seq,
+        mnt_id=record.mnt_id,
+        flags=record.flags,
+        tid=record.tid,
+        kind=record.kind,
+        hidepid=None if record.hidepid < 0 else int(record.hidepid),
+        subset_pid=bool(record.subset_pid),
+        gid=None if record.gid == 0xFFFFFFFF else int(record.gid),
+        source=source if source.isascii() and all(0x20 < c < 0x7F for c in source) else b"",
+        fds=fds,
+    )
+
+
+def socket_pair() -> tuple[GuardLink, OwnedFd]:
+    """The daemon's end and the descriptor for the guard."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return GuardLink(ours), OwnedFd(theirs.detach())
+
+
+def adopt(fd: OwnedFd) -> GuardLink:
+    """The link of a guard that a predecessor started."""
+    return GuardLink(socket.socket(fileno=fd.take()))
+
+
+def is_listener(fd: int) -> bool:
+    """Whether a descriptor is a seccomp listener: only those know SECCOMP_IOCTL_NOTIF_ID_VALID."""
+    return bool(lib.ix_is_listener(fd))

@@ -1,0 +1,247 @@
+"""The keeper: a small, idle process that forks the native ones and keeps what must outlive the daemon.
+
+It lives in the workshop, a private mount namespace on the host's side. It holds a duplicate of every descriptor that a
+daemon would need to go on where its predecessor stopped, so that restarting the daemon, or killing it, is noticed by no
+container. It decides nothing and looks into nothing; it takes orders from root alone.
+
+Protocol: SOCK_SEQPACKET at ``RUNTIME_DIR/keeper.sock``, one JSON object a packet, descriptors by SCM_RIGHTS.
+Run as ``python -m interceptor.guards.spawner RUNTIME_DIR READY_FD LOG_LEVEL``. Nothing is imported here but what it
+needs, because every guard starts as a copy of this process.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import socket
+import struct
+import sys
+from typing import Any
+
+from interceptor._native import ffi, lib
+from interceptor.packets import receive_packet, send_packet
+
+CLONE_NEWNS = 0x20000
+MS_REC = 0x4000
+MS_PRIVATE = 1 << 18
+MS_SLAVE = 1 << 19
+MS_SHARED = 1 << 20
+MS_HARDENED = 1 | 2 | 4 | 8
+
+
+def _must(result: int, what: str) -> None:
+    if result < 0:
+        raise OSError(-result, f"{what}: {os.strerror(-result)}")
+
+
+def _mount(source: bytes, target: str, fstype: bytes | None, flags: int, data: bytes | None = None) -> None:
+    kind = ffi.NULL if fstype is None else fstype
+    options = ffi.NULL if data is None else data
+    _must(lib.ix_mount(source, target.encode(), kind, flags, options), f"mount on {target}")
+
+
+class Workshop:
+    """The mount namespace where composites are made: the welder's staging place, shields, the view's mount point."""
+
+    def __init__(self, runtime_dir: str) -> None:
+        self.root = os.path.join(runtime_dir, "workshop")
+        os.makedirs(self.root, 0o700, exist_ok=True)
+        _must(lib.ix_unshare(CLONE_NEWNS), "unshare(CLONE_NEWNS)")
+        # Slave: what the host unmounts goes here too, so nothing of it is kept busy; nothing of ours goes out.
+        _mount(b"none", "/", None, MS_REC | MS_SLAVE)
+        _mount(b"interceptor", self.root, b"tmpfs", 2 | 4 | 8, b"mode=0700")
+        for name in ("weld", "view", "shield"):
+            os.mkdir(os.path.join(self.root, name), 0o755)
+        self._make_shields()
+        weld = os.path.join(self.root, "weld")
+        _mount(b"interceptor-weld", weld, b"tmpfs", 2 | 4 | 8, b"mode=0700")
+        _mount(b"none", weld, None, MS_SHARED)
+        os.mkdir(os.path.join(weld, "w"), 0o755)
+
+    def _make_shields(self) -> None:
+        """Empty, read-only things to stand where something else must not be seen. The names show in mountinfo."""
+        shield = os.path.join(self.root, "shield")
+        _mount(b"interceptor-shield", shield, b"tmpfs", 2 | 4 | 8, b"mode=0755,size=16k,nr_inodes=16")
+        for name in ("shield", "masked"):
+            os.mkdir(os.path.join(shield, name), 0o555)
+            with open(os.path.join(shield, name + "-file"), "w") as file:
+                os.fchmod(file.fileno(), 0o444)
+        _mount(b"none", shield, None, 32 | 4096 | MS_HARDENED)
+
+
+def _fork(body: Any) -> int:
+    """Forks; the child runs ``body``, which must not return."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            body()
+        finally:
+            os._exit(70)
+    return pid
+
+
+def _start_welder(workshop: Workshop) -> socket.socket:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    staging = os.path.join(workshop.root, "weld").encode()
+
+    def body() -> None:
+        keep = os.dup2(theirs.fileno(), 3)
+        lib.ix_close_range(4, 0xFFFFFFFF)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        lib.ix_welder(keep, staging)
+        os._exit(0)
+
+    _fork(body)
+    theirs.close()
+    (error,) = struct.unpack("i", ours.recv(4))
+    if error:
+        raise OSError(error, f"the welder cannot leave for a user namespace of its own: {os.strerror(error)}")
+    return ours
+
+
+def _start_view(workshop: Workshop, log_level: str) -> socket.socket:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    mountpoint = os.path.join(workshop.root, "view")
+    argv = [
+        sys.executable,
+        *("-m", "interceptor.view.server", "--mountpoint", mountpoint),
+        *("--control-fd", str(theirs.fileno()), "--log-level", log_level),
+    ]
+    os.set_inheritable(theirs.fileno(), True)
+    os.posix_spawn(sys.executable, argv, os.environ, setsigdef=[signal.SIGCHLD], setsid=True)
+    theirs.close()
+    message, _ = receive_packet(ours)
+    if not isinstance(message, dict) or not message.get("ready"):
+        raise OSError(f"the view did not start: {message!r}")
+    return ours
+
+
+class Keeper:
+    """Orders come one at a time from the daemon; a new daemon takes over by connecting."""
+
+    def __init__(self, runtime_dir: str, log_level: str) -> None:
+        self.store: dict[str, tuple[Any, list[int]]] = {}
+        self.path = os.path.join(runtime_dir, "keeper.sock")
+        self.workshop = Workshop(runtime_dir)
+        self.welder = _start_welder(self.workshop)
+        self.view = _start_view(self.workshop, log_level)
+        self.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if os.path.lexists(self.path):
+            os.unlink(self.path)
+        self.listener.bind(self.path)
+        os.chmod(self.path, 0o600)
+        self.listener.listen(4)
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(self.listener, selectors.EVENT_READ)
+        self.running = True
+
+    def serve(self) -> None:
+        while self.running:
+            for key, _ in self.selector.select():
+                if key.fileobj is self.listener:
+                    self._accept()
+                else:
+                    assert isinstance(key.fileobj, socket.socket)
+                    self._order(key.fileobj)
+        os.unlink(self.path)
+
+    def _accept(self) -> None:
+        client, _ = self.listener.accept()
+        credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        if struct.unpack("3i", credentials)[1] != 0:
+            client.close()
+            return
+        self.selector.register(client, selectors.EVENT_READ)
+
+    def _order(self, client: socket.socket) -> None:
+        fds: list[int] = []
+        try:
+            message, fds = receive_packet(client)
+            if message is None:
+                self.selector.unregister(client)
+                client.close()
+                return
+            reply, reply_fds = getattr(self, "order_" + str(message["op"]))(message, fds)
+            send_packet(client, {"ok": True, **reply}, reply_fds)
+        except Exception as error:  # one bad order must not end what keeps every container guarded
+            send_packet(client, {"ok": False, "error": f"{type(error).__name__}: {error}"})
+        for fd in fds:
+            os.close(fd)
+
+    def order_hello(self, _message: Any, _fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """What a daemon starts with: the workshop's namespace, the welder's and the view's sockets."""
+        fds = [self.namespace, self.welder.fileno(), self.view.fileno()]
+        return {"root": self.workshop.root, "keys": list(self.store)}, fds
+
+    def order_store(self, message: Any, fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """Keeps descriptors and a record under a key, in the place of what was there."""
+        self._close(str(message["key"]))
+        self.store[str(message["key"])] = (message.get("record"), list(fds))
+        fds.clear()
+        return {}, []
+
+    def order_fetch(self, message: Any, _fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """Duplicates of what is kept under a key."""
+        record, fds = self.store[str(message["key"])]
+        return {"record": record}, fds
+
+    def order_forget(self, message: Any, _fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """Closes everything whose key starts with the prefix."""
+        for key in [k for k in self.store if k.startswith(str(message["prefix"]))]:
+            self._close(key)
+        return {}, []
+
+    def order_guard(self, message: Any, fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """Forks a guard. Descriptors: user namespace, link, journal."""
+        userns, link, journal = fds
+        config = ffi.new("struct ix_guard_config *", message["config"])
+        pid = _fork(lambda: lib.ix_become_guard(userns, self.proc, link, journal, config))
+        return self._child(pid, fds)
+
+    def order_envoy(self, _message: Any, fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """Forks an envoy. Descriptors: socket, bare procfs, bare sysfs, user namespace, then others to join."""
+        sock, proc, sys_, *namespaces = fds
+        array_ = ffi.new("int[]", namespaces)
+        pid = _fork(lambda: lib.ix_become_envoy(array_, len(namespaces), sock, proc, sys_))
+        return self._child(pid, fds)
+
+    def _child(self, pid: int, fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+        pidfd = os.pidfd_open(pid)
+        fds.append(pidfd)  # closed with the others once the reply, which carries it, is sent
+        return {"pid": pid}, [pidfd]
+
+    def order_quit(self, _message: Any, _fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """Ends the view, the welder and the keeper. Only sensible when no container is left."""
+        send_packet(self.view, {"op": "quit"})
+        self.welder.close()
+        self.running = False
+        return {}, []
+
+    def _close(self, key: str) -> None:
+        for fd in self.store.pop(key, (None, []))[1]:
+            os.close(fd)
+
+
+def main(argv: list[str]) -> int:
+    runtime_dir, ready_fd, log_level = argv[1], int(argv[2]), argv[3]
+    # Nobody waits for guards and envoys: the daemon watches them by pidfd.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    os.set_inheritable(ready_fd, False)
+    try:
+        keeper = Keeper(runtime_dir, log_level)
+    except Exception as error:
+        os.write(ready_fd, f"{error}".encode())
+        return 1
+    os.write(ready_fd, b"ready")
+    os.close(ready_fd)
+    keeper.serve()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

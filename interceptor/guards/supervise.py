@@ -1,0 +1,180 @@
+"""One container's guard: started, watched, replaced when it dies, its questions passed on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import select
+import signal
+from collections import deque
+from collections.abc import Callable, Mapping
+
+from interceptor.errors import InterceptorError, ProtocolError
+from interceptor.guards.journal import Journal
+from interceptor.guards.keeper import Keeper
+from interceptor.guards.link import Answer, Ask, GuardLink, socket_pair
+from interceptor.kernel.fd import OwnedFd
+from interceptor.observe.log import get_logger
+
+#: A guard that dies this often within `DEATH_WINDOW_S` is not started again: its callers get ENOSYS from the kernel
+#: when their listener is closed, which is better than a machine that does nothing but fork.
+DEATHS_MAX = 20
+DEATH_WINDOW_S = 10.0
+
+
+class HangUps:
+    """Tells of descriptors that hang up, and of nothing else: a listener is readable at every call that is trapped."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
+        self._callbacks: dict[int, Callable[[], None]] = {}
+        loop.add_reader(self._epoll.fileno(), self._tell)
+
+    def watch(self, fd: int, callback: Callable[[], None]) -> None:
+        """Calls back once ``fd`` hangs up; then it is watched no more."""
+        self._callbacks[fd] = callback
+        self._epoll.register(fd, select.EPOLLONESHOT)
+
+    def forget(self, fd: int) -> None:
+        """Must be called before ``fd`` is closed."""
+        if self._callbacks.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def _tell(self) -> None:
+        for fd, _events in self._epoll.poll(0):
+            callback = self._callbacks.get(fd)
+            self.forget(fd)
+            if callback is not None:
+                callback()
+
+
+class Supervisor:
+    """Keeps one guard running for a container."""
+
+    def __init__(
+        self,
+        cid: str,
+        keeper: Keeper,
+        config: Mapping[str, int],
+        userns: OwnedFd,
+        journal: Journal,
+        answer: Callable[[Ask], Answer],
+        listeners: Mapping[int, OwnedFd],
+        changed: Callable[[], None],
+    ) -> None:
+        self.journal = journal
+        self.link: GuardLink | None = None
+        self.pidfd: OwnedFd | None = None
+        self.pid = 0
+        self._keeper = keeper
+        self._config = dict(config)
+        self._userns = userns
+        self._answer = answer
+        self._listeners = listeners
+        self._changed = changed
+        self._deaths: deque[float] = deque(maxlen=DEATHS_MAX)
+        self._loop = asyncio.get_running_loop()
+        self._log = get_logger(container=cid)
+
+    def start(self) -> None:
+        """A new guard, which first answers what a predecessor had received. Raises `InterceptorError`."""
+        link, theirs = socket_pair()
+        with theirs:
+            forked = self._keeper.fork_guard(
+                self._config, self._userns.fileno(), theirs.fileno(), self.journal.fd.fileno()
+            )
+        self._take(link, forked.pid, forked.pidfd)
+        for index, listener in self._listeners.items():
+            link.send_listener(index, listener.fileno())
+        self._changed()
+
+    def adopt(self, link: GuardLink, pid: int, pidfd: OwnedFd) -> None:
+        """The guard that a predecessor started."""
+        self._take(link, pid, pidfd)
+        link.hello()
+
+    def _take(self, link: GuardLink, pid: int, pidfd: OwnedFd) -> None:
+        self.link, self.pid, self.pidfd = link, pid, pidfd
+        self._loop.add_reader(link.fileno(), self._receive)
+        self._loop.add_reader(pidfd.fileno(), self._died)
+
+    def add_listener(self, index: int, listener: OwnedFd) -> None:
+        """Has the guard serve one more listener; starts it if there is none."""
+        if self.link is None:
+            self.start()
+        else:
+            self.link.send_listener(index, listener.fileno())
+
+    def drop_listener(self, index: int) -> None:
+        """The listener has no caller left."""
+        if self.link is not None:
+            self.link.drop_listener(index)
+
+    def _receive(self) -> None:
+        link = self.link
+        while link is not None and link is self.link:
+            try:
+                message = link.receive()
+            except BlockingIOError:
+                return
+            except ProtocolError as error:
+                self._log.error("a guard said what no guard says; it is replaced", error=str(error))
+                self._kill()
+                return
+            if message is None:
+                self._loop.remove_reader(link.fileno())
+                return
+            if isinstance(message, Ask):
+                self._reply(link, message)
+            else:
+                self._log.debug("a listener is being served", listener=message.index)
+
+    def _reply(self, link: GuardLink, ask: Ask) -> None:
+        answer = self._answer(ask)
+        if not link.answer(ask, answer):
+            self._log.debug("an answer was not taken", op=ask.op.name)
+        for fd in ask.fds:
+            fd.close()
+        if answer.tree is not None:
+            answer.tree.close()
+
+    def _died(self) -> None:
+        now = self._loop.time()
+        self._release()
+        self._deaths.append(now)
+        if len(self._deaths) == DEATHS_MAX and now - self._deaths[0] < DEATH_WINDOW_S:
+            self._log.error(
+                "the guard dies again and again; calls are refused from now on", deaths=DEATHS_MAX
+            )
+            return
+        open_calls = self.journal.open_calls()
+        self._log.warning("the guard died; a successor answers what it had received", open_calls=open_calls)
+        try:
+            self.start()
+        except InterceptorError as error:
+            self._log.error("no guard could be started; calls wait", error=str(error))
+
+    def _kill(self) -> None:
+        if self.pidfd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd.fileno(), signal.SIGKILL)
+
+    def _release(self) -> None:
+        if self.link is not None:
+            self._loop.remove_reader(self.link.fileno())
+            self.link.close()
+        if self.pidfd is not None:
+            self._loop.remove_reader(self.pidfd.fileno())
+            self.pidfd.close()
+        self.link = self.pidfd = None
+        self.pid = 0
+
+    def stop(self) -> None:
+        """Ends the guard for good."""
+        self._kill()
+        self._release()
+        self.journal.fd.close()
+
+    def let_go(self) -> None:
+        """Leaves the guard to a successor of this daemon."""
+        self._release()

@@ -1,0 +1,1 @@
+"""Thin, typed wrappers, one a system call. Nothing here decides anything."""

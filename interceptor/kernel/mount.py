@@ -1,0 +1,162 @@
+"""The mount family, one wrapper a system call, each raising `SyscallError` with the call rendered.
+
+Sources: mount(2), umount2(2), pivot_root(2), open_tree(2), move_mount(2), fsopen(2), fsconfig(2), fsmount(2),
+mount_setattr(2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from interceptor._native import ffi, lib
+from interceptor.errors import SyscallError, errno_name
+from interceptor.kernel.call import Path, c_fd, c_path, checked, owned
+from interceptor.kernel.fd import FdLike, OwnedFd
+from interceptor.kernel.flags import (
+    AT_EMPTY_PATH,
+    AT_FDCWD,
+    MountAttr,
+    MountFlag,
+    MoveMountFlag,
+    OpenTreeFlag,
+    UmountFlag,
+    render,
+)
+
+
+def open_tree(dirfd: FdLike, path: Path, flags: int) -> OwnedFd:
+    """open_tree(2), always CLOEXEC."""
+    shown = render(flags, OpenTreeFlag)
+    return owned(lib.ix_open_tree(c_fd(dirfd), c_path(path), flags), "open_tree", c_fd(dirfd), path, shown)
+
+
+def clone_mount(dirfd: FdLike, path: Path = b"", *, recursive: bool = False) -> OwnedFd:
+    """A detached copy of the mount at ``path`` (symbolic links are not followed), with what is below if recursive."""
+    flags = OpenTreeFlag.OPEN_TREE_CLONE | OpenTreeFlag.AT_SYMLINK_NOFOLLOW | OpenTreeFlag.AT_EMPTY_PATH
+    return open_tree(dirfd, path, flags | (OpenTreeFlag.AT_RECURSIVE if recursive else 0))
+
+
+def move_mount(from_fd: FdLike, from_path: Path, to_fd: FdLike, to_path: Path, flags: int = 0) -> None:
+    """move_mount(2); an empty path with a descriptor needs MOVE_MOUNT_{F,T}_EMPTY_PATH."""
+    result = lib.ix_move_mount(c_fd(from_fd), c_path(from_path), c_fd(to_fd), c_path(to_path), flags)
+    shown = render(flags, MoveMountFlag)
+    checked(result, "move_mount", c_fd(from_fd), from_path, c_fd(to_fd), to_path, shown)
+
+
+def attach(tree: FdLike, to_fd: FdLike, to_path: Path = b"", *, beneath: bool = False) -> None:
+    """Attaches a detached tree at a descriptor, or at a path below it; beneath the top mount there if asked (6.5+)."""
+    flags = MoveMountFlag.MOVE_MOUNT_F_EMPTY_PATH | (MoveMountFlag.MOVE_MOUNT_BENEATH if beneath else 0)
+    if not to_path:
+        flags |= MoveMountFlag.MOVE_MOUNT_T_EMPTY_PATH
+    move_mount(tree, b"", to_fd, to_path, flags)
+
+
+def mount(source: Path, target: Path, fstype: Path, flags: int = 0, data: Path = None) -> None:
+    """mount(2)."""
+    result = lib.ix_mount(c_path(source), c_path(target), c_path(fstype), flags, c_path(data))
+    checked(result, "mount", source, target, fstype, render(flags, MountFlag), data)
+
+
+def umount2(target: Path, flags: int = 0) -> None:
+    """umount2(2)."""
+    checked(lib.ix_umount2(c_path(target), flags), "umount2", target, render(flags, UmountFlag))
+
+
+def pivot_root(new_root: Path, put_old: Path) -> None:
+    """pivot_root(2)."""
+    checked(lib.ix_pivot_root(c_path(new_root), c_path(put_old)), "pivot_root", new_root, put_old)
+
+
+def fsopen(fstype: Path) -> OwnedFd:
+    """fsopen(2), always CLOEXEC."""
+    return owned(lib.ix_fsopen(c_path(fstype), 0), "fsopen", fstype)
+
+
+def fsconfig(context: FdLike, command: int, key: Path = None, value: Path = None, aux: int = 0) -> None:
+    """fsconfig(2): command 0 sets a flag, 1 a string, 6 creates the superblock."""
+    result = lib.ix_fsconfig(c_fd(context), command, c_path(key), c_path(value), aux)
+    checked(result, "fsconfig", c_fd(context), command, key, value, aux)
+
+
+def fsmount(context: FdLike, attributes: int = 0) -> OwnedFd:
+    """fsmount(2), always CLOEXEC: a detached mount."""
+    result = lib.ix_fsmount(c_fd(context), 0, attributes)
+    return owned(result, "fsmount", c_fd(context), render(attributes, MountAttr))
+
+
+def new_mount(fstype: bytes, options: Mapping[bytes, bytes | None], attributes: int = 0) -> OwnedFd:
+    """fsopen, fsconfig of every option (None: a flag), fsmount: a detached mount of a new superblock."""
+    with fsopen(fstype) as context:
+        for key, value in options.items():
+            fsconfig(context, 0 if value is None else 1, key, value)
+        fsconfig(context, 6)
+        return fsmount(context, attributes)
+
+
+_STEPS = ("open own namespaces", "setns(pid)", "setns(net)", "fsopen", "fsconfig", "fsmount")
+
+
+def fresh_mount(
+    fstype: bytes,
+    options: Mapping[bytes, bytes | None],
+    attributes: int = 0,
+    *,
+    pid_namespace: FdLike | None = None,
+    network_namespace: FdLike | None = None,
+) -> OwnedFd:
+    """`new_mount` for the PID or network namespace given: joined and left again within this one call.
+
+    procfs takes its namespace from nsproxy->pid_ns_for_children, so no process appears in there.
+    """
+    keep = [ffi.new("char[]", text) for pair in options.items() for text in pair if text is not None]
+    texts = iter(keep)
+    pairs = [next(texts) if text is not None else ffi.NULL for pair in options.items() for text in pair]
+    array = ffi.new("const char *[]", [*pairs, ffi.NULL, ffi.NULL])
+    step = ffi.new("int *")
+    pid = -1 if pid_namespace is None else c_fd(pid_namespace)
+    net = -1 if network_namespace is None else c_fd(network_namespace)
+    result = lib.ix_fresh_mount(fstype, pid, net, array, attributes, step)
+    if result < 0:
+        raise SyscallError(-result, f"{_STEPS[step[0]]} of a new {fstype.decode()}")
+    return OwnedFd(result)
+
+
+def mount_setattr(
+    dirfd: FdLike,
+    path: Path = b"",
+    *,
+    set_: int = 0,
+    clear: int = 0,
+    propagation: int = 0,
+    recursive: bool = False,
+    userns: FdLike | None = None,
+) -> None:
+    """mount_setattr(2); with an empty path the mount of ``dirfd`` itself."""
+    flags = (0 if path else AT_EMPTY_PATH) | (OpenTreeFlag.AT_RECURSIVE if recursive else 0)
+    user = -1 if userns is None else c_fd(userns)
+    result = lib.ix_mount_setattr(c_fd(dirfd), c_path(path), flags, set_, clear, propagation, user)
+    shown = f"{{set={render(set_, MountAttr)}, clr={render(clear, MountAttr)}, propagation={propagation:#x}}}"
+    checked(result, "mount_setattr", c_fd(dirfd), path, hex(flags), shown)
+
+
+def try_errno(error: SyscallError) -> str:
+    """The errno's name, for messages that explain."""
+    return errno_name(error.errno or 0)
+
+
+__all__ = [
+    "AT_FDCWD",
+    "attach",
+    "clone_mount",
+    "fresh_mount",
+    "fsconfig",
+    "fsmount",
+    "fsopen",
+    "mount",
+    "mount_setattr",
+    "move_mount",
+    "new_mount",
+    "open_tree",
+    "pivot_root",
+    "umount2",
+]

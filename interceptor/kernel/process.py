@@ -1,0 +1,35 @@
+"""Processes by descriptor, and paths opened on behalf of others."""
+
+from __future__ import annotations
+
+import os
+
+from interceptor._native import lib
+from interceptor.kernel.call import Path, c_fd, c_path, checked, owned
+from interceptor.kernel.fd import FdLike, OwnedFd
+
+
+def pidfd_open(pid: int) -> OwnedFd:
+    """pidfd_open(2). Raises `OSError` (ESRCH: no such process)."""
+    return OwnedFd(os.pidfd_open(pid))
+
+
+def pidfd_getfd(pidfd: FdLike, fd: int) -> OwnedFd:
+    """pidfd_getfd(2)."""
+    return owned(lib.ix_pidfd_getfd(c_fd(pidfd), fd), "pidfd_getfd", c_fd(pidfd), fd)
+
+
+def openat2(dirfd: FdLike, path: Path, flags: int, resolve: int = 0, mode: int = 0) -> OwnedFd:
+    """openat2(2), always CLOEXEC."""
+    result = lib.ix_openat2(c_fd(dirfd), c_path(path), flags, mode, resolve)
+    return owned(result, "openat2", c_fd(dirfd), path, hex(flags), hex(resolve))
+
+
+def chroot_fd(fd: FdLike) -> None:
+    """fchdir(2), chroot(2): the root of the calling thread."""
+    checked(lib.ix_chroot_fd(c_fd(fd)), "chroot", c_fd(fd))
+
+
+def close_range(first: int, last: int = 0xFFFFFFFF) -> None:
+    """close_range(2)."""
+    checked(lib.ix_close_range(first, last), "close_range", first, last)

@@ -1,0 +1,423 @@
+"""A container from its creation to its end: set up, guarded, handed over to a successor, let go."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import signal
+import socket
+import time
+from collections import OrderedDict
+from typing import Any
+
+from interceptor.config import Config
+from interceptor.containers.registry import Container, Registry, baseline_of, to_record
+from interceptor.containers.setup import Builder, Site
+from interceptor.containers.spec import Bundle, host_id_of_root, read_bundle
+from interceptor.errors import ContainerError, InterceptorError
+from interceptor.guards.journal import Journal
+from interceptor.guards.keeper import Forked, Keeper
+from interceptor.guards.link import Answer, Ask, adopt
+from interceptor.guards.supervise import HangUps, Supervisor
+from interceptor.kernel import mount, stat
+from interceptor.kernel.fd import OwnedFd
+from interceptor.kernel.namespaces import open_namespace
+from interceptor.kernel.process import pidfd_open
+from interceptor.mounts.composite import HARDENED, Composer, Material, Shields
+from interceptor.mounts.managed import VIEW_PROC, VIEW_SYS, make_plan
+from interceptor.mounts.weld import Welder
+from interceptor.observe.log import get_logger
+from interceptor.oci.state import ContainerProcessState, State
+from interceptor.verdicts import Answerer
+from interceptor.view.client import ViewClient
+
+_GUARD_MODES = {"real": 0, "continue": 1, "random": 2}
+_VIEW_PATHS = [(b"proc", p) for p in VIEW_PROC] + [(b"sysfs", p) for p in VIEW_SYS]
+
+
+class Lifecycle:
+    """All containers of this daemon."""
+
+    def __init__(self, config: Config, keeper: Keeper, registry: Registry) -> None:
+        self._config = config
+        self._keeper = keeper
+        self._registry = registry
+        self._loop = asyncio.get_running_loop()
+        self._hang_ups = HangUps(self._loop)
+        self._log = get_logger()
+        root = keeper.workshop_root
+        self._view_root = os.path.join(root, "view")
+        self._view = ViewClient(keeper.view)
+        self._composer = Composer(Shields(root), Welder(keeper.welder, os.path.join(root, "weld")))
+        self._answerer = Answerer(self._composer, config.protect_immutable_unmounts)
+        self._supervisors: dict[str, Supervisor] = {}
+
+    # ---- creation ----------------------------------------------------------------------------------------------
+
+    def create(self, state: State) -> None:
+        """The createRuntime hook: mounts are in place, pivot_root is still to come. Raises `InterceptorError`."""
+        if self._registry.get(state.id) is not None:
+            raise ContainerError(f"container {state.id} is registered already", "run its poststop hook first")
+        if not state.pid:
+            raise ContainerError(
+                f"container {state.id} has no process yet", "use createRuntime, not prestart"
+            )
+        self._set_up(state, read_bundle(state.bundle), late=False)
+
+    def _set_up(self, state: State, bundle: Bundle, late: bool) -> Container:
+        started = time.monotonic_ns()
+        try:
+            container = self._build(state, bundle, late)
+        except OSError as error:
+            if isinstance(error, InterceptorError):
+                raise
+            raise ContainerError(f"process {state.pid} of container {state.id} is gone: {error}") from None
+        self._registry.add(container)
+        self._start_supervisor(container, Journal.create(container.cid))
+        self._loop.add_reader(container.pidfd.fileno(), self.remove, container.cid, "its first process ended")
+        self._persist(container)
+        self._log.info(
+            "container set up",
+            container=container.cid,
+            pid=container.pid,
+            mounts=len(container.baseline.mounts),
+            late=late,
+            microseconds=(time.monotonic_ns() - started) // 1000,
+        )
+        return container
+
+    def _build(self, state: State, bundle: Bundle, late: bool) -> Container:
+        pidfd = pidfd_open(state.pid)
+        userns, netns, mntns = (open_namespace(state.pid, n) for n in ("user", "net", "mnt"))
+        _require_user_namespace(state, userns)
+        uid, gid = host_id_of_root(state.pid, "uid_map"), host_id_of_root(state.pid, "gid_map")
+        created_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        site = Site(
+            mntns, stat.mount_namespace_id(mntns), self._keeper.namespace, b"/" if late else bundle.root
+        )
+        plan = make_plan(bundle.masked, bundle.readonly)
+        material = Material(plan, {})
+        builder = Builder(self._composer, material, site, netns)
+        tree = builder.survey()
+        bare = builder.take_bare_clones(tree)
+        envoy = self._start_envoy(state, userns, netns, bare, uid, gid, created_ns)
+        try:
+            material.view = self._view_templates(state.id)
+            if late:
+                builder.rebuild_in_place(tree)
+            else:
+                builder.rebuild_whole(tree, bundle.root_readonly)
+            _require_alive(pidfd, state)
+            baseline = builder.record(self._composer.shields.dev)
+        except BaseException:
+            self._end_envoy(state.id, envoy.pidfd)
+            material.close()
+            raise
+        finally:
+            mntns.close()
+        return Container(
+            cid=state.id,
+            pid=state.pid,
+            bundle=state.bundle,
+            created_ns=created_ns,
+            uid=uid,
+            gid=gid,
+            pidfd=pidfd,
+            userns=userns,
+            netns=netns,
+            material=material,
+            baseline=baseline,
+            envoy_pid=envoy.pid,
+            envoy_pidfd=envoy.pidfd,
+        )
+
+    def _start_envoy(
+        self,
+        state: State,
+        userns: OwnedFd,
+        netns: OwnedFd,
+        bare: dict[bytes, OwnedFd],
+        uid: int,
+        gid: int,
+        created_ns: int,
+    ) -> Forked:
+        """The envoy and the container's subtree of the view, which asks it."""
+        if b"proc" not in bare:
+            with open_namespace(state.pid, "pid") as pid_namespace:
+                bare[b"proc"] = mount.fresh_mount(b"proc", {}, pid_namespace=pid_namespace)
+        if b"sysfs" not in bare:
+            bare[b"sysfs"] = mount.fresh_mount(b"sysfs", {}, network_namespace=netns)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs, open_namespace(state.pid, "ipc") as ipc, open_namespace(state.pid, "uts") as uts:
+            joined = [userns.fileno(), netns.fileno(), ipc.fileno(), uts.fileno()]
+            proc, sys_ = bare[b"proc"].fileno(), bare[b"sysfs"].fileno()
+            forked = self._keeper.fork_envoy(theirs.fileno(), proc, sys_, joined)
+            try:
+                self._view.add(state.id, uid, gid, created_ns, ours.fileno())
+            except InterceptorError:
+                _kill(forked.pidfd)
+                raise
+        for tree in bare.values():
+            tree.close()
+        return forked
+
+    def _view_templates(self, cid: str) -> dict[tuple[bytes, bytes], OwnedFd]:
+        templates = {}
+        for fstype, path in _VIEW_PATHS:
+            place = os.path.join(
+                self._view_root, cid, "proc" if fstype == b"proc" else "sys", os.fsdecode(path)
+            )
+            try:
+                template = mount.clone_mount(mount.AT_FDCWD, place)
+            except FileNotFoundError:
+                continue  # the machine has no such node: /sys/module/nf_conntrack without the module
+            mount.mount_setattr(template, set_=HARDENED)
+            templates[fstype, path] = template
+        return templates
+
+    def _end_envoy(self, cid: str, pidfd: OwnedFd) -> None:
+        _kill(pidfd)
+        try:
+            self._view.remove(cid)
+        except InterceptorError as error:
+            self._log.warning("the view did not let a container go", container=cid, error=str(error))
+
+    # ---- guarding ----------------------------------------------------------------------------------------------
+
+    def add_listener(self, process: ContainerProcessState, listener: OwnedFd) -> None:
+        """A listener for the container's first process, or one more for an exec. Raises `InterceptorError`."""
+        container = self._registry.get(process.state.id)
+        if container is None:
+            container = self._late(process)
+        index = container.next_listener
+        container.next_listener += 1
+        kept = listener.dup()
+        container.listeners[index] = kept
+        self._keeper.store(f"l/{container.cid}/{index}", {"index": index}, [kept.fileno()])
+        self._hang_ups.watch(kept.fileno(), lambda: self._listener_ended(container, index))
+        supervisor = self._supervisors[container.cid]
+        if supervisor.link is None:
+            supervisor.start()
+        else:
+            supervisor.add_listener(index, kept)
+        self._log.info("listening", container=container.cid, process=process.pid, listener=index)
+
+    def _late(self, process: ContainerProcessState) -> Container:
+        """The hook never ran: the container is set up now, before its guard answers anything."""
+        state = process.state
+        pid = state.pid or process.pid
+        try:
+            bundle = read_bundle(state.bundle)
+        except ContainerError as error:
+            self._log.warning("no bundle to read: nothing is masked but the managed paths", error=str(error))
+            bundle = Bundle(b"/", False, (), ())
+        self._log.warning(
+            "the createRuntime hook did not run; setting the container up now",
+            container=state.id,
+            hint="add interceptor-hook to the bundle's hooks.createRuntime",
+        )
+        found = State(
+            oci_version=state.oci_version, id=state.id, status=state.status, bundle=state.bundle, pid=pid
+        )
+        return self._set_up(found, bundle, late=True)
+
+    def _listener_ended(self, container: Container, index: int) -> None:
+        listener = container.listeners.pop(index, None)
+        if listener is None:
+            return
+        listener.close()
+        supervisor = self._supervisors.get(container.cid)
+        if supervisor is not None:
+            supervisor.drop_listener(index)
+        self._keeper.forget(f"l/{container.cid}/{index}")
+
+    def _start_supervisor(self, container: Container, journal: Journal) -> Supervisor:
+        def answer(ask: Ask) -> Answer:
+            return self._answerer.answer(container, ask)
+
+        view = stat.statx(mount.AT_FDCWD, self._view_root).dev
+        shield = self._composer.shields.dev
+        supervisor = Supervisor(
+            container.cid,
+            self._keeper,
+            {
+                "view_major": view[0],
+                "view_minor": view[1],
+                "shield_major": shield[0],
+                "shield_minor": shield[1],
+                "mode": _GUARD_MODES[self._config.guard_mode],
+                "account_units": int(self._config.account_units),
+                "question_timeout_ms": int(self._config.question_timeout * 1000),
+            },
+            container.userns,
+            journal,
+            answer,
+            container.listeners,
+            lambda: self._persist(container),
+        )
+        self._supervisors[container.cid] = supervisor
+        return supervisor
+
+    # ---- what a successor needs --------------------------------------------------------------------------------
+
+    def _persist(self, container: Container) -> None:
+        """Leaves everything about a container with the keeper."""
+        supervisor = self._supervisors[container.cid]
+        container.guard_pid = supervisor.pid
+        material = container.material
+        fds = [container.pidfd, container.userns, container.netns, supervisor.journal.fd]
+        views, bares = list(material.view.items()), list(material.bare.items())[:2]
+        record = to_record(container) | {
+            "views": [[key[0].decode(), key[1].decode()] for key, _ in views],
+            "bares": [list(dev) for dev, _ in bares],
+            "envoy": container.envoy_pidfd is not None,
+            "guard": supervisor.link is not None,
+        }
+        numbers = [fd.fileno() for fd in [*fds, *(t for _, t in views), *(t for _, t in bares)]]
+        if container.envoy_pidfd is not None:
+            numbers.append(container.envoy_pidfd.fileno())
+        if supervisor.link is not None and supervisor.pidfd is not None:
+            numbers += [supervisor.link.fileno(), supervisor.pidfd.fileno()]
+        self._keeper.store(f"c/{container.cid}", record, numbers)
+
+    def adopt_all(self) -> None:
+        """Takes over what a predecessor left with the keeper."""
+        for key in self._keeper.keys:
+            if key.startswith("c/"):
+                try:
+                    self._adopt(*self._keeper.fetch(key))
+                except (InterceptorError, OSError, KeyError, ValueError) as error:
+                    self._log.error("a container could not be taken over", key=key, error=repr(error))
+
+    def _adopt(self, record: dict[str, Any], fds: list[OwnedFd]) -> None:
+        queue = list(fds)
+        pidfd, userns, netns, journal = (queue.pop(0) for _ in range(4))
+        baseline = baseline_of(record)
+        view = {(a.encode(), b.encode()): queue.pop(0) for a, b in record["views"]}
+        bare = OrderedDict(((d[0], d[1]), queue.pop(0)) for d in record["bares"])
+        container = Container(
+            cid=record["cid"],
+            pid=record["pid"],
+            bundle=record["bundle"],
+            created_ns=record["created_ns"],
+            uid=record["uid"],
+            gid=record["gid"],
+            pidfd=pidfd,
+            userns=userns,
+            netns=netns,
+            material=Material(baseline.plan, view, bare),
+            baseline=baseline,
+            envoy_pid=record["envoy_pid"],
+            envoy_pidfd=queue.pop(0) if record["envoy"] else None,
+        )
+        self._registry.add(container)
+        self._adopt_listeners(container)
+        supervisor = self._start_supervisor(container, Journal(journal))
+        self._loop.add_reader(pidfd.fileno(), self.remove, container.cid, "its first process ended")
+        if record["guard"]:
+            supervisor.adopt(adopt(queue.pop(0)), record["guard_pid"], queue.pop(0))
+        self._log.info("container taken over", container=container.cid, listeners=len(container.listeners))
+
+    def _adopt_listeners(self, container: Container) -> None:
+        prefix = f"l/{container.cid}/"
+        for key in self._keeper.keys:
+            if key.startswith(prefix) and "/" not in key[len(prefix) :]:
+                record, (listener,) = self._keeper.fetch(key)
+                index = int(record["index"])
+                container.listeners[index] = listener
+                container.next_listener = max(container.next_listener, index + 1)
+                self._watch(container, index, listener)
+
+    def _watch(self, container: Container, index: int, listener: OwnedFd) -> None:
+        self._hang_ups.watch(listener.fileno(), lambda: self._listener_ended(container, index))
+
+    # ---- the end -----------------------------------------------------------------------------------------------
+
+    def remove(self, cid: str, reason: str) -> None:
+        """Unregisters a container; unknown ones are no error (poststop may come after the last process's death)."""
+        container = self._registry.remove(cid)
+        if container is None:
+            return
+        self._loop.remove_reader(container.pidfd.fileno())
+        for listener in container.listeners.values():
+            self._hang_ups.forget(listener.fileno())
+        self._supervisors.pop(cid).stop()
+        if container.envoy_pidfd is not None:
+            self._end_envoy(cid, container.envoy_pidfd)
+        self._keeper.forget(f"c/{cid}")
+        self._keeper.forget(f"l/{cid}/")
+        container.close()
+        self._log.info("container let go", container=cid, reason=reason)
+
+    def shut_down(self) -> None:
+        """Leaves the containers to their guards and to the next daemon; with none left, everything ends."""
+        for supervisor in self._supervisors.values():
+            supervisor.let_go()
+        if not len(self._registry):
+            self._keeper.quit()
+
+    # ---- what others may know ----------------------------------------------------------------------------------
+
+    def _known(self, cid: str) -> Container:
+        container = self._registry.get(cid)
+        if container is None:
+            raise ContainerError(f"no container {cid} is registered", "see `interceptor ps`")
+        return container
+
+    def containers(self) -> list[dict[str, object]]:
+        """The registered containers."""
+        now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        return [
+            {
+                "id": c.cid,
+                "pid": c.pid,
+                "guard_pid": self._supervisors[c.cid].pid,
+                "envoy_pid": c.envoy_pid,
+                "listeners": len(c.listeners),
+                "mounts": len(c.baseline.mounts),
+                "age_s": round((now - c.created_ns) / 1e9, 3),
+                "bundle": c.bundle,
+            }
+            for c in self._registry.all()
+        ]
+
+    def stats(self, cid: str) -> dict[str, object]:
+        """Counts and latencies of a container's calls."""
+        return self._supervisors[self._known(cid).cid].journal.stats()
+
+    def mounts(self, cid: str) -> list[dict[str, object]]:
+        """The baseline, and whether each of its mounts is still there."""
+        baseline = self._known(cid).baseline
+        return [
+            {
+                "id": m.mnt_id,
+                "class": m.kind.value,
+                "path": os.fsdecode(m.point),
+                "root": os.fsdecode(m.root),
+                "present": stat.mount_exists(m.mnt_id, baseline.namespace),
+            }
+            for m in baseline.mounts.values()
+        ]
+
+
+def _kill(pidfd: OwnedFd) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd.fileno(), signal.SIGKILL)
+
+
+def _require_user_namespace(state: State, userns: OwnedFd) -> None:
+    ours, theirs = os.stat("/proc/self/ns/user"), os.fstat(userns.fileno())
+    if (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino):
+        raise ContainerError(
+            f"container {state.id} has no user namespace: its root is the host's, nothing can be welded against it",
+            'add {"type": "user"} to linux.namespaces, with uidMappings and gidMappings',
+        )
+
+
+def _require_alive(pidfd: OwnedFd, state: State) -> None:
+    """Afterwards everything that was opened by PID is known to be this process's."""
+    if select.select([pidfd], [], [], 0)[0]:
+        raise ContainerError(f"process {state.pid} of container {state.id} ended while it was set up")
+

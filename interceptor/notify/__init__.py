@@ -1,0 +1,1 @@
+"""The runtime's side of seccomp user notification."""

@@ -1,0 +1,1 @@
+"""What an operator sees: log, service manager, metrics."""

@@ -1,0 +1,1 @@
+"""The Open Container Initiative's interfaces: hook, wrapper, specification."""

@@ -1,0 +1,1 @@
+"""Namespaced children without an OCI runtime: what runc does between fork and exec, for `interceptor.library`."""

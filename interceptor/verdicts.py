@@ -1,0 +1,187 @@
+"""From a guard's question to its answer: facts from the kernel, class by lineage, verdict by policy, composite from the
+workshop. Nothing the guard says about a mount is believed; only its descriptors count.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from interceptor.containers.registry import Container
+from interceptor.errors import SyscallError
+from interceptor.guards.link import MAX_IDS, Act, Answer, Ask, Op
+from interceptor.kernel import stat
+from interceptor.kernel.stat import MountStat
+from interceptor.mounts.arguments import NewMount
+from interceptor.mounts.composite import Composer
+from interceptor.mounts.lineage import MountClass, classify, is_base, path_in_fs, reaches, welded_to
+from interceptor.mounts.policy import Circumstances, Deed, Request, Verdict, decide
+from interceptor.observe.log import get_logger
+
+_REQUESTS = {
+    Op.UMOUNT: Request.UMOUNT,
+    Op.DETACH: Request.DETACH,
+    Op.MOVE: Request.MOVE,
+    Op.REMOUNT: Request.REMOUNT,
+}
+_CHAIN_MAX = 256
+
+
+class _Scene:
+    """The mounts around a target, looked up as needed, each once."""
+
+    def __init__(self, namespace: int) -> None:
+        self.namespace = namespace
+        self._known: dict[tuple[int, int], MountStat | None] = {}
+
+    def mount(self, mnt_id: int, namespace: int | None = None) -> MountStat | None:
+        where = self.namespace if namespace is None else namespace
+        if (mnt_id, where) not in self._known:
+            try:
+                self._known[mnt_id, where] = stat.statmount(mnt_id, where)
+            except SyscallError:
+                self._known[mnt_id, where] = None
+        return self._known[mnt_id, where]
+
+    def chain(self, mnt_id: int) -> list[MountStat]:
+        """The mount and those above it, up to the root of the namespace; empty if it is not in there."""
+        chain: list[MountStat] = []
+        found = self.mount(mnt_id)
+        while found is not None and len(chain) < _CHAIN_MAX:
+            chain.append(found)
+            if found.parent_id == found.mnt_id:
+                break
+            found = self.mount(found.parent_id)
+        return chain
+
+    def below(self, mnt_id: int) -> list[MountStat]:
+        """Every mount below one."""
+        found = [self.mount(i) for i in stat.listmount(mnt_id, self.namespace)]
+        return [m for m in found if m is not None]
+
+
+class Answerer:
+    """Answers questions about one container's mounts."""
+
+    def __init__(self, composer: Composer, protect_immutable: bool) -> None:
+        self._composer = composer
+        self._protect_immutable = protect_immutable
+        self._log = get_logger()
+
+    def answer(self, container: Container, ask: Ask) -> Answer:
+        """The answer to a question; what cannot be answered is left to the kernel, whose welds hold."""
+        log = self._log.bind(container=container.cid, op=ask.op.name.lower(), tid=ask.tid)
+        try:
+            if ask.op is Op.NEW:
+                answer, reason = self._new(container, ask)
+            else:
+                answer, reason = self._existing(container, ask)
+        except SyscallError as error:
+            log.warning("left to the kernel: what was needed failed", call=error.message)
+            return Answer(Act.CONTINUE)
+        log.debug("answered", act=answer.act.name, error=answer.error, reason=reason)
+        return answer
+
+    def _new(self, container: Container, ask: Ask) -> tuple[Answer, str]:
+        _mount_namespace, pid_namespace, network_namespace = ask.fds
+        new = NewMount(
+            fstype=b"proc" if ask.kind == 1 else b"sysfs",
+            flags=ask.flags,
+            source=ask.source,
+            hidepid=ask.hidepid,
+            subset_pid=ask.subset_pid,
+            gid=ask.gid,
+        )
+        tree = self._composer.fresh(new, container.material, pid_namespace, network_namespace)
+        return Answer(Act.ATTACH, there_id=stat.statx(tree).mnt_id, tree=tree), "a welded composite"
+
+    def _existing(self, container: Container, ask: Ask) -> tuple[Answer, str]:
+        namespace_fd, target_fd = ask.fds
+        scene = _Scene(stat.mount_namespace_id(namespace_fd))
+        target_id = stat.statx(target_fd).mnt_id
+        chain = scene.chain(target_id)
+        if not chain or target_id != ask.mnt_id:
+            return Answer(Act.CONTINUE), "not in the caller's mount namespace"
+        kind = classify(chain, container.baseline, scene.namespace)
+        verdict = decide(_REQUESTS[ask.op], kind, self._circumstances(container, scene, chain, kind))
+        return self._carry_out(container, scene, chain, verdict), f"{kind.value}: {verdict.reason}"
+
+    def _circumstances(
+        self, container: Container, scene: _Scene, chain: list[MountStat], kind: MountClass
+    ) -> Circumstances:
+        if kind is MountClass.COPIED_BASE:
+            own = any(not self._is_welded(container, scene, m) for m in scene.below(chain[0].mnt_id))
+            return Circumstances(_reaches_original(container, scene, chain), own, self._protect_immutable)
+        if kind is MountClass.COPIED_SUBMOUNT:
+            base = welded_to(chain, container.baseline.plan)
+            above = [m for m in chain if base is not None and len(m.point) <= len(base.point)]
+            return Circumstances(_reaches_original(container, scene, above), False, self._protect_immutable)
+        return Circumstances(protect_immutable=self._protect_immutable)
+
+    @staticmethod
+    def _is_welded(container: Container, scene: _Scene, found: MountStat) -> bool:
+        return welded_to(scene.chain(found.mnt_id), container.baseline.plan) is not None
+
+    def _carry_out(
+        self, container: Container, scene: _Scene, chain: list[MountStat], verdict: Verdict
+    ) -> Answer:
+        if verdict.deed is Deed.REFUSE:
+            return Answer(Act.ERROR, error=verdict.error, cache=verdict.lasting)
+        if verdict.deed is Deed.REMOVE_BASE:
+            return Answer(Act.DETACH, base_id=chain[0].mnt_id)
+        if verdict.deed is Deed.REPLACE_BASE:
+            return self._replace_base(container, scene, chain)
+        if verdict.deed is Deed.CARRY_FLAGS:
+            welded = [m for m in scene.below(chain[0].mnt_id) if self._is_welded(container, scene, m)]
+            # A copy that the container put on top of the base is a base of its own.
+            ids = [m.mnt_id for m in welded if _base_of(container, scene, m) == chain[0].mnt_id]
+            return Answer(Act.FLAGS, ids=ids[:MAX_IDS])
+        return Answer(Act.CONTINUE, cache=verdict.lasting)
+
+    def _replace_base(self, container: Container, scene: _Scene, chain: list[MountStat]) -> Answer:
+        """The copied base anew, with a shield where the target stands, and those that stand there already."""
+        target = chain[0]
+        plan = container.baseline.plan
+        base = welded_to(chain, plan)
+        assert base is not None
+        welded = [m for m in scene.below(base.mnt_id) if _base_of(container, scene, m) == base.mnt_id]
+        shield = container.baseline.shield_dev
+        shielded = {
+            path_in_fs(base, m.point): True
+            for m in welded
+            if m.mnt_id == target.mnt_id or (m.dev == shield and m.root.startswith(b"/shield"))
+        }
+        tree = self._composer.again(base, shielded, container.material)
+        if tree is None:
+            return Answer(Act.ERROR, error=errno.EINVAL)
+        ids = [m.mnt_id for m in welded][:MAX_IDS]
+        there = stat.statx(tree).mnt_id
+        return Answer(Act.SWAP, base_id=base.mnt_id, there_id=there, ids=ids, tree=tree)
+
+
+def _base_of(container: Container, scene: _Scene, found: MountStat) -> int:
+    base = welded_to(scene.chain(found.mnt_id), container.baseline.plan)
+    return base.mnt_id if base is not None else 0
+
+
+def _reaches_original(container: Container, scene: _Scene, chain: list[MountStat]) -> bool:
+    """Whether unmounting ``chain[0]`` would propagate to an original base, here or in the first namespace."""
+    if len(chain) < 2 or not chain[1].peer_group:
+        return False
+    baseline = container.baseline
+    for recorded in baseline.bases():
+        original = scene.mount(recorded.mnt_id, baseline.namespace)
+        parent = scene.mount(original.parent_id, baseline.namespace) if original is not None else None
+        if original and parent and reaches(chain[0], chain[1], original, parent):
+            return True
+    if scene.namespace == baseline.namespace:
+        return False
+    for found in scene.below(stat.LSMT_ROOT):
+        if is_base(found) and found.mnt_id != chain[0].mnt_id:
+            above = scene.chain(found.mnt_id)
+            if (
+                len(above) > 1
+                and classify(above, baseline, scene.namespace) is MountClass.ORIGINAL_BASE
+                and reaches(chain[0], chain[1], found, above[1])
+            ):
+                return True
+    return False

@@ -1,0 +1,269 @@
+/*
+ * Effects on a caller's behalf, in the caller's mount namespace, with the container's own rights and on descriptors
+ * resolved before. Each is noted in the journal before it starts, so that a successor can tell whether it took place.
+ */
+#include "guard.h"
+
+#define EFFECT_FLAGS (MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH)
+
+struct mount_info {
+	struct ix_statmount sm;
+	char strings[2 * PATH_MAX];
+};
+
+static int enter(const struct ix_call *call)
+{
+	return ix_result(setns(call->mntns, CLONE_NEWNS));
+}
+
+static void leave(void)
+{
+	/* A thread that cannot come home would keep the container's mounts alive: better none. */
+	if (setns(ix_guard_state.home, CLONE_NEWNS) < 0)
+		abort();
+}
+
+/* Side effects only for a caller that still waits; from here on a successor asks the mount table what happened. */
+static bool begin(struct ix_call *call, uint32_t act, uint64_t gone_id, uint64_t there_id)
+{
+	struct ix_slot *slot = call->slot;
+	if (!ix_still_waiting(call))
+		return false;
+	slot->act = act;
+	slot->gone_id = gone_id;
+	slot->there_id = there_id;
+	__atomic_store_n(&slot->phase, IX_PHASE_ACTING, __ATOMIC_RELEASE);
+	return true;
+}
+
+static struct ix_reply finish(struct ix_call *call, int result)
+{
+	call->slot->result = result;
+	__atomic_store_n(&call->slot->phase, IX_PHASE_ACTED, __ATOMIC_RELEASE);
+	return (struct ix_reply){.outcome = IX_HANDLED, .error = -result};
+}
+
+static int mount_info(uint64_t id, struct mount_info *info)
+{
+	int r = ix_statmount(id, 0, IX_STATMOUNT_MNT_BASIC | IX_STATMOUNT_MNT_POINT, info, sizeof(*info));
+	if (r < 0)
+		return r;
+	return info->sm.mask & IX_STATMOUNT_MNT_POINT ? 0 : -ENOENT;
+}
+
+static const char *mount_point(const struct mount_info *info)
+{
+	return info->sm.str + info->sm.mnt_point;
+}
+
+/* The root of a mount, by its ID: its path leads there, the ID proves it. Fails if something is mounted on top. */
+static int open_mount(uint64_t id, struct mount_info *info)
+{
+	struct ix_stat st;
+	int r = mount_info(id, info);
+	if (r < 0)
+		return r;
+	cleanup_close int fd = ix_openat2(AT_FDCWD, mount_point(info), O_PATH | O_NOFOLLOW, 0, RESOLVE_NO_MAGICLINKS);
+	if (fd < 0)
+		return fd;
+	if (ix_statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0 || st.mnt_id != id || !st.mount_root)
+		return -EBUSY;
+	return ix_take_fd(&fd);
+}
+
+/* "." is the one path that names exactly the mount of a descriptor, whatever is mounted on top. */
+static int detach(int fd)
+{
+	if (fchdir(fd) < 0)
+		return -errno;
+	int r = ix_umount2(".", MNT_DETACH | UMOUNT_NOFOLLOW);
+	if (chdir("/") < 0)
+		return -errno;
+	return r;
+}
+
+static bool listed(const struct ix_answer *answer, uint64_t id)
+{
+	for (uint32_t i = 0; i < answer->count && i < IX_MAX_IDS; i++)
+		if (answer->ids[i] == id)
+			return true;
+	return false;
+}
+
+/* Clones of the container's own mounts on a base, onto the composite that will take its place. */
+static int carry_over(uint64_t base_id, const char *base_point, const struct ix_answer *answer, int composite)
+{
+	uint64_t ids[64], last = 0;
+	size_t prefix = strcmp(base_point, "/") == 0 ? 0 : strlen(base_point);
+	for (;;) {
+		int64_t n = ix_listmount(base_id, 0, last, ids, 64);
+		if (n <= 0)
+			return (int)n;
+		for (int64_t i = 0; i < n; i++) {
+			struct mount_info info;
+			last = ids[i];
+			if (mount_info(ids[i], &info) < 0 || info.sm.mnt_parent_id != base_id || listed(answer, ids[i]))
+				continue;
+			cleanup_close int child = open_mount(ids[i], &info);
+			if (child < 0)
+				return child;
+			cleanup_close int tree = ix_open_tree(child, "", OPEN_TREE_CLONE | AT_RECURSIVE | AT_EMPTY_PATH);
+			if (tree < 0)
+				return tree;
+			int r = ix_move_mount(tree, "", composite, mount_point(&info) + prefix + 1, MOVE_MOUNT_F_EMPTY_PATH);
+			if (r < 0)
+				return r;
+		}
+	}
+}
+
+/* Beneath and then away with the old one: at no instant is there a gap. Kernels before 6.5 leave one. */
+static int replace(int base, const char *point, int composite)
+{
+	if (ix_move_mount(composite, "", base, "", EFFECT_FLAGS | MOVE_MOUNT_BENEATH) == 0)
+		return detach(base);
+	int r = detach(base);
+	if (r < 0)
+		return r;
+	return ix_move_mount(composite, "", AT_FDCWD, point, MOVE_MOUNT_F_EMPTY_PATH);
+}
+
+static struct ix_reply act_swap(struct ix_call *call, const struct ix_answer *answer, int composite)
+{
+	struct mount_info info;
+	cleanup_close int base = open_mount(answer->base_id, &info);
+	if (base < 0)
+		return ix_deny(EBUSY);
+	if (carry_over(answer->base_id, mount_point(&info), answer, composite) < 0)
+		return ix_deny(EBUSY);
+	if (!begin(call, IX_ACT_SWAP, answer->base_id, answer->there_id))
+		return ix_deny(EINTR);
+	return finish(call, replace(base, mount_point(&info), composite));
+}
+
+static struct ix_reply act_detach(struct ix_call *call, const struct ix_answer *answer)
+{
+	if (answer->base_id != call->target_stat.mnt_id)
+		return ix_deny(EBUSY);
+	if (!begin(call, IX_ACT_DETACH, answer->base_id, 0))
+		return ix_deny(EINTR);
+	return finish(call, detach(call->target));
+}
+
+static struct ix_reply act_attach(struct ix_call *call, const struct ix_answer *answer, int composite)
+{
+	if (!begin(call, IX_ACT_ATTACH, 0, answer->there_id))
+		return ix_deny(EINTR);
+	return finish(call, ix_move_mount(composite, "", call->target, "", EFFECT_FLAGS));
+}
+
+static struct ix_reply act_flags(struct ix_call *call, const struct ix_answer *answer)
+{
+	bool read_only = call->args[3] & MS_RDONLY;
+	for (uint32_t i = 0; i < answer->count && i < IX_MAX_IDS; i++) {
+		struct mount_info info;
+		cleanup_close int fd = open_mount(answer->ids[i], &info);
+		/* What is locked read-only stays so: clearing it fails, as it should. */
+		if (fd >= 0)
+			ix_mount_setattr(fd, "", AT_EMPTY_PATH, read_only ? MOUNT_ATTR_RDONLY : 0,
+					 read_only ? 0 : MOUNT_ATTR_RDONLY, 0, -1);
+	}
+	return ix_let_kernel_run("the base itself: the kernel never weakens a weld");
+}
+
+struct ix_reply ix_act(struct ix_call *call, const struct ix_answer *answer, int given)
+{
+	cleanup_close int fd = given;
+	struct ix_reply reply;
+	if (answer->act == IX_ACT_CONTINUE)
+		return ix_let_kernel_run("the daemon's verdict");
+	if (answer->act == IX_ACT_ERROR)
+		return ix_deny(answer->error > 0 && answer->error < 4096 ? answer->error : EIO);
+	if ((answer->act == IX_ACT_SWAP || answer->act == IX_ACT_ATTACH) && fd < 0)
+		return ix_deny(EIO);
+	if (enter(call) < 0)
+		return ix_let_kernel_run("the caller's mount namespace is gone");
+	switch (answer->act) {
+	case IX_ACT_DETACH:
+		reply = act_detach(call, answer);
+		break;
+	case IX_ACT_SWAP:
+		reply = act_swap(call, answer, fd);
+		break;
+	case IX_ACT_ATTACH:
+		reply = act_attach(call, answer, fd);
+		break;
+	case IX_ACT_FLAGS:
+		reply = act_flags(call, answer);
+		break;
+	default:
+		reply = ix_deny(EIO);
+	}
+	leave();
+	return reply;
+}
+
+/* A recursive clone brought the container's own mounts along as well; the welded ones refuse to go. */
+static void strip_own_mounts(uint64_t root_id)
+{
+	uint64_t ids[256];
+	int64_t n = ix_listmount(root_id, 0, 0, ids, 256);
+	while (n-- > 0) {
+		struct mount_info info;
+		cleanup_close int fd = open_mount(ids[n], &info);
+		if (fd >= 0)
+			detach(fd);
+	}
+}
+
+static struct ix_reply bind_in_namespace(struct ix_call *call, int source)
+{
+	struct ix_stat st;
+	int plain = ix_open_tree(source, "", OPEN_TREE_CLONE | AT_EMPTY_PATH);
+	if (plain != -EINVAL) {
+		ix_close_fd(&plain);
+		return ix_let_kernel_run("nothing welded is below");
+	}
+	cleanup_close int tree = ix_open_tree(source, "", OPEN_TREE_CLONE | AT_RECURSIVE | AT_EMPTY_PATH);
+	if (tree < 0 || ix_statx(tree, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0)
+		return ix_let_kernel_run("no tree to clone: the kernel's errno");
+	if (!begin(call, IX_ACT_ATTACH, 0, st.mnt_id))
+		return ix_deny(EINTR);
+	int r = ix_move_mount(tree, "", call->target, "", EFFECT_FLAGS);
+	if (r == 0)
+		strip_own_mounts(st.mnt_id);
+	return finish(call, r);
+}
+
+/* A bind that is not recursive, of something with welded submounts below: they come along, nothing else does. */
+struct ix_reply ix_act_bind(struct ix_call *call, int source)
+{
+	if (enter(call) < 0)
+		return ix_let_kernel_run("the caller's mount namespace is gone");
+	struct ix_reply reply = bind_in_namespace(call, source);
+	leave();
+	return reply;
+}
+
+/* After a guard's death in mid-effect: whether the effect took place, judged by the mount table alone. */
+bool ix_act_recover(struct ix_call *call, int *result)
+{
+	const struct ix_slot *slot = call->slot;
+	struct mount_info info;
+	if (slot->phase == IX_PHASE_ACTED) {
+		*result = slot->result;
+		return true;
+	}
+	if (slot->phase != IX_PHASE_ACTING || enter(call) < 0)
+		return false;
+	bool there = slot->there_id && mount_info(slot->there_id, &info) == 0;
+	bool gone = slot->gone_id && mount_info(slot->gone_id, &info) == -ENOENT;
+	if (slot->act == IX_ACT_SWAP && there && !gone) {
+		cleanup_close int old = open_mount(slot->gone_id, &info);
+		if (old >= 0)
+			detach(old);
+	}
+	leave();
+	*result = 0;
+	return slot->act == IX_ACT_DETACH ? gone : there;
+}

@@ -1,0 +1,205 @@
+/*
+ * The one header that the compiler and cffi both read: no preprocessor line may stand here but what cffi understands.
+ * Every function returns >= 0 on success and -errno on failure, unless it says otherwise. Descriptors are made with
+ * CLOEXEC. Nothing here keeps state: the guard's state lives in guard.c alone.
+ */
+
+/* ---- syscalls.c: one wrapper a system call, named after it ------------------------------------------------- */
+
+struct ix_stat {
+	uint64_t mnt_id;       /* unique mount ID (STATX_MNT_ID_UNIQUE, 6.8+), else the reusable one */
+	uint64_t ino;
+	uint32_t dev_major, dev_minor;
+	uint32_t mode;
+	uint32_t mount_root;   /* 1: the root of a mount */
+	uint32_t unique;       /* 1: mnt_id is the unique one */
+	uint32_t uid, gid;
+};
+
+int ix_open_tree(int dirfd, const char *path, unsigned int flags);
+int ix_move_mount(int from_fd, const char *from, int to_fd, const char *to, unsigned int flags);
+int ix_fsopen(const char *fstype, unsigned int flags);
+int ix_fsconfig(int fd, unsigned int cmd, const char *key, const char *value, int aux);
+int ix_fsmount(int fd, unsigned int flags, unsigned int attrs);
+int ix_mount_setattr(int dirfd, const char *path, unsigned int flags, uint64_t set, uint64_t clear,
+		     uint64_t propagation, int userns_fd);
+int ix_mount(const char *source, const char *target, const char *fstype, unsigned long flags, const char *data);
+int ix_umount2(const char *target, int flags);
+int ix_pivot_root(const char *new_root, const char *put_old);
+int ix_openat2(int dirfd, const char *path, uint64_t flags, uint64_t mode, uint64_t resolve);
+int ix_statx(int dirfd, const char *path, int flags, struct ix_stat *out);
+int ix_fs_magic(int fd, uint64_t *magic);
+int ix_statmount(uint64_t mnt_id, uint64_t ns_id, uint64_t mask, void *buf, size_t size);
+int64_t ix_listmount(uint64_t mnt_id, uint64_t ns_id, uint64_t last, uint64_t *ids, size_t count);
+
+/* The fields of what statmount(2) wrote; the last three are offsets from `strings`, -1 where the kernel gave none. */
+struct ix_mount_view {
+	uint64_t mnt_id, parent_id, magic, attributes, propagation, peer_group, master;
+	uint32_t dev_major, dev_minor;
+	uint32_t strings;      /* where in the buffer the strings start */
+	int64_t root, point, fstype;
+};
+struct ix_mount_view ix_statmount_view(const void *buf);
+int ix_setns(int fd, int nstype);
+int ix_unshare(int flags);
+int ix_mntns_id(int fd, uint64_t *id);
+int ix_pidfd_getfd(int pidfd, int fd);
+int ix_seccomp_listen(const void *program, unsigned short instructions, unsigned int flags);
+int ix_seccomp_notif_sizes(void);
+int ix_is_listener(int fd);
+int ix_close_range(unsigned int first, unsigned int last);
+int ix_chroot_fd(int fd);
+
+/* ---- workshop.c: what must happen in one piece, so that no thread is ever left in a foreign namespace ------ */
+
+/* A detached mount of a fresh procfs or sysfs for the namespaces given (-1: the caller's own). key_values is a
+ * NULL-terminated array key, value, key, value … (value NULL for a flag). *step says where it failed. */
+int ix_fresh_mount(const char *fstype, int pidns_fd, int netns_fd, const char *const *key_values,
+		   unsigned int attrs, int *step);
+
+/* The standing welder: the calling process leaves for a user and mount namespace of its own, in which the shared
+ * mount at `staging` is received by propagation, and answers each byte on `sock` with a welded clone of what stands
+ * at `staging`/w. Returns only on end of file or failure. */
+int ix_welder(int sock, const char *staging);
+
+/* ---- the link between a guard and the daemon: fixed-size records over SOCK_SEQPACKET, descriptors beside them -- */
+
+enum ix_message {
+	IX_MSG_LISTENER = 1,   /* daemon: serve this listener (one descriptor); value = its index */
+	IX_MSG_DROP = 2,       /* daemon: the listener of index `value` has no caller left */
+	IX_MSG_ANSWER = 3,     /* daemon: struct ix_answer */
+	IX_MSG_FLUSH = 4,      /* daemon: policy changed, forget cached verdicts */
+	IX_MSG_HELLO = 5,      /* daemon: a successor is here, ask again what is open */
+	IX_MSG_ASK = 64,       /* guard: struct ix_ask */
+	IX_MSG_READY = 65      /* guard: the listener of index `value` is being served */
+};
+
+enum ix_op {
+	IX_OP_UMOUNT = 1,      /* descriptors: mount namespace, target */
+	IX_OP_DETACH = 2,      /* the same with MNT_DETACH */
+	IX_OP_MOVE = 3,        /* descriptors: mount namespace, source */
+	IX_OP_REMOUNT = 4,     /* descriptors: mount namespace, target */
+	IX_OP_NEW = 5          /* descriptors: mount namespace, PID namespace for children, network namespace */
+};
+
+enum ix_act {
+	IX_ACT_CONTINUE = 0,   /* the kernel runs the call */
+	IX_ACT_ERROR = 1,      /* the call fails with `error` */
+	IX_ACT_DETACH = 2,     /* unmount the target lazily, with all that is welded to it */
+	IX_ACT_SWAP = 3,       /* put the composite (one descriptor) in the place of the base `base_id` */
+	IX_ACT_ATTACH = 4,     /* attach the composite (one descriptor) at the target */
+	IX_ACT_FLAGS = 5       /* carry the read-only flag over to the welded mounts `ids`, then the kernel runs the call */
+};
+
+enum { IX_MAX_IDS = 64, IX_SOURCE_MAX = 64, IX_SLOTS = 256, IX_ORPHANS = 64, IX_UNITS = 64, IX_BUCKETS = 168 };
+
+struct ix_note {
+	uint32_t type;
+	uint32_t value;
+};
+
+struct ix_ask {
+	uint32_t type;
+	uint32_t op;
+	uint64_t seq;
+	uint64_t mnt_id;       /* of target or source */
+	uint64_t flags;        /* of umount2 or mount, as the caller gave them */
+	int32_t tid;
+	uint32_t kind;         /* IX_OP_NEW: 1 procfs, 2 sysfs */
+	int32_t hidepid;       /* -1: not given */
+	uint32_t subset_pid;
+	uint32_t gid;          /* in the caller's user namespace; UINT32_MAX: not given */
+	uint32_t spare;
+	char source[64];       /* what the caller called the source; printable ASCII or empty */
+};
+
+struct ix_answer {
+	uint32_t type;
+	uint32_t act;
+	uint64_t seq;
+	int32_t error;         /* IX_ACT_ERROR: a positive errno */
+	uint32_t cache;        /* 1: holds for this mount ID and operation until IX_MSG_FLUSH */
+	uint64_t base_id;      /* IX_ACT_SWAP: the base to replace; IX_ACT_DETACH: the mount to remove */
+	uint64_t there_id;     /* unique mount ID of the composite handed over */
+	uint32_t count;        /* of ids */
+	uint32_t spare;
+	uint64_t ids[64];      /* welded submounts: not to be carried over (SWAP), to be changed (FLAGS) */
+};
+
+/* ---- the journal: a memfd shared by daemon and guard, and by a guard's successor ---------------------------- */
+
+enum ix_phase {
+	IX_PHASE_IDLE = 0,
+	IX_PHASE_RECEIVED = 1, /* nothing done yet: whoever finds this starts over */
+	IX_PHASE_ACTING = 2,   /* gone_id and there_id tell whether it took place */
+	IX_PHASE_ACTED = 3     /* `result` is the truth and only needs saying */
+};
+
+struct ix_slot {
+	uint8_t notif[128];    /* struct seccomp_notif: the kernel writes it, so receipt and record are one step */
+	uint32_t listener;
+	uint32_t phase;
+	int32_t result;
+	uint32_t act;
+	uint64_t gone_id;
+	uint64_t there_id;
+	uint64_t after_id;     /* the mount the target path resolves to once the effect has taken place */
+	uint64_t since_ns;     /* CLOCK_MONOTONIC; 0 when idle */
+	uint64_t spare[10];
+};
+
+/* An effect whose caller was interrupted before it could be told: the restarted call gets the result. */
+struct ix_orphan {
+	int32_t tid;
+	int32_t nr;
+	uint64_t args[6];
+	uint64_t instruction_pointer;
+	uint64_t after_id;
+	int32_t result;
+	uint32_t spare;
+};
+
+/* Latencies from receipt to reply in nanoseconds: eight buckets an octave from 256 ns. */
+struct ix_histogram {
+	uint64_t count;
+	uint64_t buckets[168];
+};
+
+struct ix_unit {
+	char name[56];
+	uint64_t umounts;
+};
+
+struct ix_journal {
+	uint64_t magic;
+	uint64_t asked;
+	uint64_t cached;
+	uint64_t overloaded;   /* calls let through unexamined because every receiver was stuck */
+	uint64_t lost;         /* replies whose caller was gone */
+	uint64_t orphaned;
+	struct ix_histogram latency[3];  /* continued, denied, handled */
+	struct ix_unit units[64];
+	struct ix_orphan orphans[64];
+	struct ix_slot slots[256];
+};
+
+/* ---- spawn.c: what a freshly forked process becomes -------------------------------------------------------- */
+
+struct ix_guard_config {
+	uint32_t view_major, view_minor;       /* the view's device */
+	uint32_t shield_major, shield_minor;   /* the tmpfs of shields and masked directories */
+	uint32_t mode;                         /* 0 real, 1 CONTINUE to everything, 2 at random */
+	uint32_t account_units;                /* count calls by the caller's systemd unit */
+	uint32_t question_timeout_ms;
+	uint32_t reserved;
+};
+
+/* Both run in a child just forked by the spawner and never return: they keep only the descriptors named. */
+void ix_become_guard(int userns_fd, int proc_fd, int link_fd, int journal_fd, const struct ix_guard_config *config);
+void ix_become_envoy(const int *ns_fds, int ns_count, int sock, int proc_fd, int sys_fd);
+
+/* ---- resolve.c, for tests: a path as thread `tid` would resolve it; returns an O_PATH descriptor ------------ */
+int ix_resolve(int proc_fd, int tid, int dirfd, const char *path, int follow);
+
+/* ---- envoy.c ----------------------------------------------------------------------------------------------- */
+int ix_envoy(int sock, int proc_fd, int sys_fd);

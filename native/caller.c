@@ -1,0 +1,109 @@
+/* What the guard reads from and about a caller: each thing once, bounded, with the container's own rights. */
+#include "guard.h"
+
+#include <linux/capability.h>
+#include <stdio.h>
+
+/*
+ * A string of the caller's memory. Read page by page, because it may end just before an unmapped one.
+ * Returns its length, -EFAULT, or -ENAMETOOLONG if no NUL comes within `size` bytes.
+ */
+int ix_read_string(int tid, uint64_t address, char *out, size_t size)
+{
+	const size_t page = 4096;
+	size_t have = 0;
+	while (have < size) {
+		size_t want = page - ((address + have) & (page - 1));
+		if (want > size - have)
+			want = size - have;
+		struct iovec local = {.iov_base = out + have, .iov_len = want};
+		struct iovec remote = {.iov_base = (void *)(uintptr_t)(address + have), .iov_len = want};
+		ssize_t n = process_vm_readv(tid, &local, 1, &remote, 1, 0);
+		if (n <= 0)
+			return -EFAULT;
+		char *end = memchr(out + have, '\0', (size_t)n);
+		if (end)
+			return (int)(end - out);
+		have += (size_t)n;
+	}
+	return -ENAMETOOLONG;
+}
+
+bool ix_caller_has_cap(int tid, int capability)
+{
+	struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3, .pid = tid};
+	struct __user_cap_data_struct data[_LINUX_CAPABILITY_U32S_3] = {0};
+	if (syscall(SYS_capget, &header, data) < 0)
+		return false;
+	return data[CAP_TO_INDEX(capability)].effective & CAP_TO_MASK(capability);
+}
+
+/* Whether the caller has CAP_SYS_ADMIN over the owner of a namespace: ns_capable() of kernel/capability.c, less the
+ * rule for the owner's uid, whose holders have the capability after setns anyway. */
+bool ix_caller_rules(const struct ix_call *call, int ns_fd)
+{
+	struct stat own, owner;
+	if (!ix_caller_has_cap(call->tid, CAP_SYS_ADMIN))
+		return false;
+	cleanup_close int caller_ns = ix_open_caller(ix_guard_state.proc, call->tid, "ns/user", O_RDONLY);
+	cleanup_close int at = ix_result(ioctl(ns_fd, IX_NS_GET_USERNS));
+	if (caller_ns < 0 || at < 0 || fstat(caller_ns, &own) < 0)
+		return false;
+	for (int depth = 0; depth < 33; depth++) {
+		if (fstat(at, &owner) < 0)
+			return false;
+		if (own.st_dev == owner.st_dev && own.st_ino == owner.st_ino)
+			return true;
+		int parent = ix_result(ioctl(at, IX_NS_GET_PARENT));
+		if (parent < 0)
+			return false;
+		ix_close_fd(&at);
+		at = parent;
+	}
+	return false;
+}
+
+/* The systemd unit in a cgroup file's last line: the last component that has a unit's ending. */
+static void unit_of(const char *cgroups, char name[sizeof(((struct ix_unit *)0)->name)])
+{
+	const char *found = NULL;
+	size_t length = 0;
+	for (const char *p = cgroups; *p;) {
+		size_t n = strcspn(p, "/\n");
+		if ((n > 8 && memcmp(p + n - 8, ".service", 8) == 0) || (n > 6 && memcmp(p + n - 6, ".scope", 6) == 0)) {
+			found = p;
+			length = n;
+		}
+		p += n + (p[n] != '\0');
+	}
+	if (!found) {
+		found = "-";
+		length = 1;
+	}
+	size_t room = sizeof(((struct ix_unit *)0)->name) - 1;
+	if (length > room)
+		length = room;
+	memcpy(name, found, length);
+	name[length] = '\0';
+}
+
+/* Counts the call for the caller's unit. Off unless configured: it costs an open and a read a call. */
+void ix_account(const struct ix_call *call)
+{
+	char text[4096], name[sizeof(((struct ix_unit *)0)->name)];
+	struct ix_unit *units = ix_guard_state.journal->units;
+	cleanup_close int fd = ix_open_caller(ix_guard_state.proc, call->tid, "cgroup", O_RDONLY);
+	ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
+	text[n < 0 ? 0 : n] = '\0';
+	unit_of(text, name);
+	pthread_mutex_lock(&ix_guard_state.stats_lock);
+	for (int i = 0; i < IX_UNITS; i++) {
+		if (units[i].name[0] == '\0')
+			memcpy(units[i].name, name, sizeof(name));
+		if (strcmp(units[i].name, name) == 0) {
+			units[i].umounts++;
+			break;
+		}
+	}
+	pthread_mutex_unlock(&ix_guard_state.stats_lock);
+}

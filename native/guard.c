@@ -1,0 +1,340 @@
+/*
+ * The guard: one process a container, in the container's user namespace. Threads take turns at receiving: one that
+ * finds itself the last to wait starts another before it looks at the call, so that a call which makes its thread wait
+ * (for the container's own FUSE server, a userfault, the daemon) delays nobody else.
+ */
+#include "guard.h"
+
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <time.h>
+
+struct ix_guard_state ix_guard_state;
+
+struct receiver {
+	struct ix_listener *listener;
+	int slot;
+	bool recover;
+};
+
+static struct ix_slot *slot_at(int i)
+{
+	return &ix_guard_state.journal->slots[i];
+}
+
+static struct seccomp_notif *notif_of(struct ix_slot *slot)
+{
+	return (struct seccomp_notif *)(void *)slot->notif;
+}
+
+static uint64_t now_ns(void)
+{
+	struct timespec t;
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static void count(uint64_t *counter)
+{
+	__atomic_add_fetch(counter, 1, __ATOMIC_RELAXED);
+}
+
+/* Eight buckets an octave from 256 ns on; interceptor/guards/journal.py reads them back. */
+static void record(enum ix_outcome outcome, uint64_t ns)
+{
+	struct ix_histogram *h = &ix_guard_state.journal->latency[outcome];
+	unsigned int bucket = 0;
+	if (ns >= 256) {
+		unsigned int octave = 63 - (unsigned int)__builtin_clzll(ns);
+		bucket = (octave - 8) * 8 + (unsigned int)((ns >> (octave - 3)) & 7);
+	}
+	if (bucket >= IX_BUCKETS)
+		bucket = IX_BUCKETS - 1;
+	count(&h->count);
+	count(&h->buckets[bucket]);
+}
+
+bool ix_still_waiting(const struct ix_call *call)
+{
+	uint64_t id = call->id;
+	return ioctl(call->listener_fd, SECCOMP_IOCTL_NOTIF_ID_VALID, &id) == 0;
+}
+
+bool ix_question(struct ix_call *call, struct ix_ask *ask, const int *fds, int fd_count)
+{
+	struct ix_question *q = call->question;
+	struct timespec deadline;
+	uint64_t ms = ix_guard_state.config.question_timeout_ms;
+	clock_gettime(CLOCK_MONOTONIC, &deadline);
+	deadline.tv_sec += (time_t)(ms / 1000);
+	deadline.tv_nsec += (long)(ms % 1000) * 1000000;
+	if (deadline.tv_nsec >= 1000000000) {
+		deadline.tv_sec++;
+		deadline.tv_nsec -= 1000000000;
+	}
+	count(&ix_guard_state.journal->asked);
+	pthread_mutex_lock(&q->lock);
+	uint64_t turn = atomic_fetch_add(&ix_guard_state.next_seq, 1);
+	ask->seq = turn * IX_SLOTS + (uint64_t)(q - ix_guard_state.questions);
+	q->ask = *ask;
+	memcpy(q->fds, fds, (size_t)fd_count * sizeof(int));
+	q->fd_count = fd_count;
+	q->seq = ask->seq;
+	q->done = false;
+	q->answer_fd = -1;
+	/* A full link means that nobody reads it: then the deadline decides, and a successor is asked again. */
+	ix_link_send(&q->ask, sizeof(q->ask), fds, fd_count);
+	while (!q->done && pthread_cond_timedwait(&q->answered, &q->lock, &deadline) == 0)
+		;
+	bool answered = q->done;
+	q->seq = 0;
+	pthread_mutex_unlock(&q->lock);
+	return answered;
+}
+
+/* ---- orphans: effects whose caller was interrupted before it could be told --------------------------------- */
+
+static void remember_orphan(struct ix_call *call, const struct seccomp_notif *n, int result)
+{
+	struct ix_stat st = {0};
+	cleanup_close int fd = ix_resolve(ix_guard_state.proc, call->tid, AT_FDCWD, call->path, true);
+	if (fd < 0 || ix_statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0)
+		return;
+	struct ix_orphan *o = &ix_guard_state.journal->orphans[(uint32_t)call->tid % IX_ORPHANS];
+	*o = (struct ix_orphan){
+		.tid = call->tid, .nr = n->data.nr, .instruction_pointer = n->data.instruction_pointer,
+		.after_id = st.mnt_id, .result = result,
+	};
+	memcpy(o->args, n->data.args, sizeof(o->args));
+	__atomic_add_fetch(&ix_guard_state.journal->orphaned, 1, __ATOMIC_RELEASE);
+}
+
+/*
+ * Whether this is a restart of a call whose effect has taken place. It must be the thread's very next call, with the
+ * same arguments from the same instruction, and its path must lead to what the effect left there.
+ */
+static bool adopt_orphan(struct ix_call *call, const struct seccomp_notif *n, int *result)
+{
+	struct ix_orphan *o = &ix_guard_state.journal->orphans[(uint32_t)call->tid % IX_ORPHANS];
+	struct ix_stat st;
+	if (o->tid != call->tid)
+		return false;
+	struct ix_orphan found = *o;
+	memset(o, 0, sizeof(*o));
+	if (found.nr != n->data.nr || found.instruction_pointer != n->data.instruction_pointer ||
+	    memcmp(found.args, n->data.args, sizeof(found.args)) != 0)
+		return false;
+	uint64_t path_address = call->args[n->data.nr == SYS_mount];
+	if (ix_read_string(call->tid, path_address, call->path, sizeof(call->path)) < 0)
+		return false;
+	cleanup_close int fd = ix_resolve(ix_guard_state.proc, call->tid, AT_FDCWD, call->path, true);
+	if (fd < 0 || ix_statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0 || st.mnt_id != found.after_id)
+		return false;
+	*result = found.result;
+	return true;
+}
+
+/* ---- a call from receipt to reply -------------------------------------------------------------------------- */
+
+static struct ix_reply answer_at_random(struct ix_call *call, const struct seccomp_notif *n)
+{
+	static const int errors[] = {0, EPERM, EINVAL, EBUSY, ENOENT};
+	unsigned int r = (unsigned int)random();
+	if (r % 4 == 0)
+		return ix_handle(call, n->data.arch, n->data.nr);
+	if (r % 4 == 1)
+		return ix_deny(errors[(r / 4) % 5]);
+	return ix_let_kernel_run("a test guard that decides at random");
+}
+
+static struct ix_reply examine(struct ix_call *call, const struct seccomp_notif *n, bool recover)
+{
+	int result;
+	if (ix_guard_state.config.mode == 1)
+		return ix_let_kernel_run("a test guard that lets everything through");
+	if (recover && call->slot->phase >= IX_PHASE_ACTING) {
+		call->mntns = ix_open_caller(ix_guard_state.proc, call->tid, "ns/mnt", O_RDONLY);
+		if (ix_act_recover(call, &result))
+			return (struct ix_reply){.outcome = IX_HANDLED, .error = -result};
+	}
+	call->slot->phase = IX_PHASE_RECEIVED;
+	if (__atomic_load_n(&ix_guard_state.journal->orphaned, __ATOMIC_ACQUIRE) && adopt_orphan(call, n, &result))
+		return (struct ix_reply){.outcome = IX_HANDLED, .error = -result};
+	if (ix_guard_state.config.mode == 2)
+		return answer_at_random(call, n);
+	return ix_handle(call, n->data.arch, n->data.nr);
+}
+
+static void forget(struct ix_slot *slot)
+{
+	slot->phase = IX_PHASE_IDLE;
+	slot->since_ns = 0;
+	memset(slot->notif, 0, sizeof(slot->notif));
+}
+
+static void send_reply(struct ix_call *call, const struct ix_reply *reply)
+{
+	struct seccomp_notif n = *notif_of(call->slot);
+	struct seccomp_notif_resp resp = {.id = n.id};
+	if (reply->outcome == IX_CONTINUED)
+		resp.flags = SECCOMP_USER_NOTIF_FLAG_CONTINUE;
+	else
+		resp.error = -reply->error;
+	int r;
+	do
+		r = ioctl(call->listener_fd, SECCOMP_IOCTL_NOTIF_SEND, &resp);
+	while (r < 0 && errno == EINTR);
+	if (r == 0)
+		return;
+	count(&ix_guard_state.journal->lost);
+	if (reply->outcome == IX_HANDLED && call->slot->phase == IX_PHASE_ACTED)
+		remember_orphan(call, &n, -reply->error);
+}
+
+static void serve_call(struct ix_listener *listener, struct ix_slot *slot, bool overloaded, bool recover)
+{
+	struct ix_call call;
+	const struct seccomp_notif *n = notif_of(slot);
+	call.slot = slot;
+	call.question = &ix_guard_state.questions[slot - ix_guard_state.journal->slots];
+	call.listener_fd = listener->fd;
+	call.tid = (int)n->pid;
+	call.id = n->id;
+	memcpy(call.args, n->data.args, sizeof(call.args));
+	call.mntns = call.target = -1;
+	call.path[0] = '\0';
+	uint64_t start = now_ns();
+	slot->since_ns = start;
+	struct ix_reply reply = overloaded ? ix_let_kernel_run("every receiver is stuck: the welds hold")
+					   : examine(&call, n, recover);
+	/* Before the reply: a descriptor of ours on the mount would make the caller's umount fail with EBUSY. */
+	ix_close_fd(&call.target);
+	ix_close_fd(&call.mntns);
+	ix_close_fd(&call.question->answer_fd);
+	call.question->answer_fd = -1;
+	send_reply(&call, &reply);
+	record(reply.outcome, now_ns() - start);
+	if (overloaded)
+		count(&ix_guard_state.journal->overloaded);
+	forget(slot);
+}
+
+static bool exhausted(const struct ix_listener *listener)
+{
+	struct pollfd p = {.fd = listener->fd, .events = POLLIN};
+	return atomic_load(&listener->dropped) || poll(&p, 1, 0) < 0 || (p.revents & (POLLHUP | POLLERR | POLLNVAL));
+}
+
+static void receive_calls(struct ix_listener *l, struct ix_slot *slot)
+{
+	for (;;) {
+		slot->listener = l->index;
+		atomic_fetch_add(&l->idle, 1);
+		/* The kernel writes into the journal itself: no instant at which a received call is on no record. */
+		int r = ioctl(l->fd, SECCOMP_IOCTL_NOTIF_RECV, notif_of(slot));
+		int failure = errno;
+		int waiting = atomic_fetch_sub(&l->idle, 1) - 1;
+		if (r < 0) {
+			forget(slot);
+			if ((failure != EINTR && failure != ENOENT) || exhausted(l))
+				return;
+			continue;
+		}
+		slot->phase = IX_PHASE_RECEIVED;
+		bool overloaded = waiting <= 0 && ix_start_receiver(l, -1, false) < 0;
+		serve_call(l, slot, overloaded, false);
+	}
+}
+
+static void *receiver_main(void *argument)
+{
+	struct receiver mine = *(struct receiver *)argument;
+	struct ix_slot *slot = slot_at(mine.slot);
+	free(argument);
+	/* Own root and working directory, as setns to a mount namespace demands. */
+	if (unshare(CLONE_FS) == 0) {
+		if (mine.recover)
+			serve_call(mine.listener, slot, false, true);
+		receive_calls(mine.listener, slot);
+	}
+	atomic_store(&ix_guard_state.slot_taken[mine.slot], 0);
+	atomic_fetch_sub(&mine.listener->receivers, 1);
+	return NULL;
+}
+
+static int take_slot(void)
+{
+	for (int i = 0; i < IX_SLOTS; i++)
+		if (notif_of(slot_at(i))->id == 0 && !atomic_exchange(&ix_guard_state.slot_taken[i], 1))
+			return i;
+	return -EAGAIN;
+}
+
+/* slot -1: any free one. Returns 0, or -EAGAIN where this listener has had its share. */
+int ix_start_receiver(struct ix_listener *listener, int slot, bool recover)
+{
+	if (atomic_fetch_add(&listener->receivers, 1) >= IX_RECEIVERS_PER_LISTENER && !recover)
+		goto no;
+	if (slot < 0)
+		slot = take_slot();
+	struct receiver *r = slot < 0 ? NULL : malloc(sizeof(*r));
+	if (!r)
+		goto no;
+	*r = (struct receiver){.listener = listener, .slot = slot, .recover = recover};
+	pthread_attr_t attr;
+	pthread_t thread;
+	pthread_attr_init(&attr);
+	pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+	pthread_attr_setstacksize(&attr, 256 * 1024);
+	int failed = pthread_create(&thread, &attr, receiver_main, r);
+	pthread_attr_destroy(&attr);
+	if (!failed)
+		return 0;
+	free(r);
+	atomic_store(&ix_guard_state.slot_taken[slot], 0);
+no:
+	atomic_fetch_sub(&listener->receivers, 1);
+	return -EAGAIN;
+}
+
+static void prepare_questions(void)
+{
+	pthread_condattr_t attr;
+	pthread_condattr_init(&attr);
+	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+	for (int i = 0; i < IX_SLOTS; i++) {
+		ix_guard_state.questions[i].answer_fd = -1;
+		pthread_mutex_init(&ix_guard_state.questions[i].lock, NULL);
+		pthread_cond_init(&ix_guard_state.questions[i].answered, &attr);
+	}
+	pthread_condattr_destroy(&attr);
+	for (int i = 0; i < IX_LISTENERS; i++)
+		ix_guard_state.listeners[i].fd = -1;
+}
+
+int ix_guard(int link_fd, int journal_fd, int proc_fd, const struct ix_guard_config *config)
+{
+	struct ix_guard_state *g = &ix_guard_state;
+	g->config = *config;
+	g->link = link_fd;
+	g->proc = proc_fd;
+	g->home = ix_open_caller(proc_fd, getpid(), "ns/mnt", O_RDONLY);
+	g->journal = mmap(NULL, sizeof(struct ix_journal), PROT_READ | PROT_WRITE, MAP_SHARED, journal_fd, 0);
+	if (g->home < 0 || g->journal == MAP_FAILED)
+		return -1;
+	close(journal_fd);
+	pthread_mutex_init(&g->cache_lock, NULL);
+	pthread_mutex_init(&g->stats_lock, NULL);
+	atomic_store(&g->next_seq, now_ns() >> 16);
+	prepare_questions();
+	srandom((unsigned int)now_ns());
+	ix_link_serve();
+	/* Without a daemon for good: the receivers go on until their listeners end. */
+	for (int i = 0; i < IX_LISTENERS; i++)
+		while (atomic_load(&g->listeners[i].receivers) > 0)
+			pause();
+	return 0;
+}

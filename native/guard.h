@@ -1,0 +1,105 @@
+/* What the guard's own files share. None of it is seen by Python. */
+#ifndef IX_GUARD_H
+#define IX_GUARD_H
+#include "compat.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+enum { IX_GUARD_FDS = 3, IX_RECEIVERS_PER_LISTENER = 32, IX_LISTENERS = 192 };
+
+struct ix_listener {
+	int fd;
+	uint32_t index;
+	atomic_int idle;               /* receivers that wait for a call */
+	atomic_int receivers;
+	atomic_int dropped;
+};
+
+/* A question on its way to the daemon; one a slot. */
+struct ix_question {
+	pthread_mutex_t lock;
+	pthread_cond_t answered;
+	uint64_t seq;                  /* 0: none open */
+	bool done;
+	struct ix_ask ask;
+	int fds[3];
+	int fd_count;
+	struct ix_answer answer;
+	int answer_fd;
+};
+
+/* The guard's whole state. */
+struct ix_guard_state {
+	struct ix_guard_config config;
+	int link, proc, home;          /* home: the guard's own, empty mount namespace */
+	struct ix_journal *journal;
+	struct ix_listener listeners[IX_LISTENERS];
+	struct ix_question questions[IX_SLOTS];
+	atomic_uchar slot_taken[IX_SLOTS];
+	atomic_uint_fast64_t next_seq;
+	pthread_mutex_t cache_lock;
+	pthread_mutex_t stats_lock;
+};
+extern struct ix_guard_state ix_guard_state;
+
+/* One trapped call, its arguments copied once. */
+struct ix_call {
+	struct ix_slot *slot;
+	struct ix_question *question;
+	int listener_fd;
+	int tid;
+	uint64_t id;
+	uint64_t args[6];
+	int mntns;                     /* the caller's, once opened */
+	int target;                    /* O_PATH, once resolved */
+	struct ix_stat target_stat;
+	char path[PATH_MAX];
+	char text[PATH_MAX];           /* source, or the options of a new mount */
+};
+
+enum ix_outcome { IX_CONTINUED, IX_DENIED, IX_HANDLED };
+struct ix_reply {
+	enum ix_outcome outcome;
+	int error;                     /* positive errno, 0 for success; unused with IX_CONTINUED */
+	const char *reason;            /* why the kernel may run the call: written down for every such answer */
+};
+
+static inline struct ix_reply ix_let_kernel_run(const char *reason)
+{
+	return (struct ix_reply){.outcome = IX_CONTINUED, .reason = reason};
+}
+
+static inline struct ix_reply ix_deny(int error)
+{
+	return (struct ix_reply){.outcome = IX_DENIED, .error = error};
+}
+
+/* guard.c */
+int ix_guard(int link_fd, int journal_fd, int proc_fd, const struct ix_guard_config *config);
+bool ix_still_waiting(const struct ix_call *call);
+/* Asks the daemon; false if there was no answer in time. The caller closes answer_fd. */
+bool ix_question(struct ix_call *call, struct ix_ask *ask, const int *fds, int fd_count);
+/* link.c */
+int ix_link_serve(void);
+bool ix_link_send(const void *message, size_t size, const int *fds, int fd_count);
+int ix_start_receiver(struct ix_listener *listener, int slot, bool recover);
+/* cache.c */
+int ix_cache_get(uint64_t mnt_id, enum ix_op op, int *error);
+void ix_cache_put(uint64_t mnt_id, enum ix_op op, int error);
+void ix_cache_flush(void);
+/* handle.c */
+struct ix_reply ix_handle(struct ix_call *call, uint32_t arch, int nr);
+/* act.c */
+struct ix_reply ix_act(struct ix_call *call, const struct ix_answer *answer, int fd);
+struct ix_reply ix_act_bind(struct ix_call *call, int source);
+bool ix_act_recover(struct ix_call *call, int *result);
+/* caller.c */
+int ix_read_string(int tid, uint64_t address, char *out, size_t size);
+bool ix_caller_has_cap(int tid, int capability);
+bool ix_caller_rules(const struct ix_call *call, int ns_fd);
+void ix_account(const struct ix_call *call);
+/* resolve.c */
+int ix_open_caller(int proc_fd, int tid, const char *what, int flags);
+
+#endif

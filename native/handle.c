@@ -1,0 +1,299 @@
+/* What each trapped call gets: its arguments copied once, its objects resolved once, then a reply or a question. */
+#include "guard.h"
+
+#include <linux/audit.h>
+#include <linux/capability.h>
+
+enum family { FAMILY_UNKNOWN, FAMILY_MOUNT, FAMILY_UMOUNT, FAMILY_UMOUNT_OLD, FAMILY_NEW_API };
+
+struct syscall_row {
+	uint32_t arch;
+	int nr;
+	enum family family;
+};
+
+#if defined(__x86_64__)
+enum { ARCH_NATIVE = AUDIT_ARCH_X86_64, ARCH_COMPAT = AUDIT_ARCH_I386, X32_BIT = 0x40000000 };
+enum { COMPAT_MOUNT = 21, COMPAT_UMOUNT = 22, COMPAT_UMOUNT2 = 52 };
+#elif defined(__aarch64__)
+enum { ARCH_NATIVE = AUDIT_ARCH_AARCH64, ARCH_COMPAT = AUDIT_ARCH_ARM, X32_BIT = 0 };
+enum { COMPAT_MOUNT = 21, COMPAT_UMOUNT = -1, COMPAT_UMOUNT2 = 52 };
+#else
+#error "no system call table for this architecture"
+#endif
+
+/* The numbers from 403 on are the same on every architecture. */
+static const struct syscall_row syscalls[] = {
+	{ARCH_NATIVE, SYS_umount2, FAMILY_UMOUNT},
+	{ARCH_NATIVE, SYS_mount, FAMILY_MOUNT},
+	{ARCH_NATIVE, SYS_open_tree, FAMILY_NEW_API},
+	{ARCH_NATIVE, SYS_move_mount, FAMILY_NEW_API},
+	{ARCH_NATIVE, SYS_fsmount, FAMILY_NEW_API},
+	{ARCH_COMPAT, COMPAT_UMOUNT2, FAMILY_UMOUNT},
+	{ARCH_COMPAT, COMPAT_MOUNT, FAMILY_MOUNT},
+	{ARCH_COMPAT, COMPAT_UMOUNT, FAMILY_UMOUNT_OLD},
+	{ARCH_COMPAT, SYS_open_tree, FAMILY_NEW_API},
+	{ARCH_COMPAT, SYS_move_mount, FAMILY_NEW_API},
+	{ARCH_COMPAT, SYS_fsmount, FAMILY_NEW_API},
+};
+
+static enum family family_of(uint32_t arch, int nr)
+{
+	if (arch == (uint32_t)ARCH_NATIVE)
+		nr &= ~X32_BIT;
+	for (size_t i = 0; i < sizeof(syscalls) / sizeof(syscalls[0]); i++)
+		if (syscalls[i].arch == arch && syscalls[i].nr == nr)
+			return syscalls[i].family;
+	return FAMILY_UNKNOWN;
+}
+
+/* Resolves call->path into call->target and says what it is. */
+static int resolve_target(struct ix_call *call, bool follow)
+{
+	call->target = ix_resolve(ix_guard_state.proc, call->tid, AT_FDCWD, call->path, follow);
+	if (call->target < 0)
+		return call->target;
+	return ix_statx(call->target, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &call->target_stat);
+}
+
+static bool open_mount_namespace(struct ix_call *call)
+{
+	if (call->mntns < 0)
+		call->mntns = ix_open_caller(ix_guard_state.proc, call->tid, "ns/mnt", O_RDONLY);
+	return call->mntns >= 0;
+}
+
+/* Whether the object belongs to something we put there: a base, the view, a shield or a masked path. */
+static bool is_ours(int fd, const struct ix_stat *st)
+{
+	const struct ix_guard_config *c = &ix_guard_state.config;
+	uint64_t magic;
+	if (st->dev_major != 0)
+		return false;
+	if ((st->dev_major == c->view_major && st->dev_minor == c->view_minor) ||
+	    (st->dev_major == c->shield_major && st->dev_minor == c->shield_minor))
+		return true;
+	return ix_fs_magic(fd, &magic) == 0 && (magic == IX_PROC_SUPER_MAGIC || magic == IX_SYSFS_MAGIC);
+}
+
+/* From the cache, from what the mount is, or from the daemon. */
+static struct ix_reply decide(struct ix_call *call, enum ix_op op, int fd, const struct ix_stat *st, uint64_t flags)
+{
+	int error;
+	int known = ix_cache_get(st->mnt_id, op, &error);
+	if (known) {
+		__atomic_add_fetch(&ix_guard_state.journal->cached, 1, __ATOMIC_RELAXED);
+		if (known == 1)
+			return ix_let_kernel_run("cached verdict");
+		return ix_caller_has_cap(call->tid, CAP_SYS_ADMIN) ? ix_deny(error) : ix_let_kernel_run("EPERM is the kernel's");
+	}
+	if (!is_ours(fd, st)) {
+		ix_cache_put(st->mnt_id, op, 0);
+		return ix_let_kernel_run("a mount of the container's own");
+	}
+	if (!open_mount_namespace(call) || !ix_caller_rules(call, call->mntns))
+		return ix_let_kernel_run("the caller lacks the right: EPERM is the kernel's");
+	struct ix_ask ask = {.type = IX_MSG_ASK, .op = op, .mnt_id = st->mnt_id, .flags = flags, .tid = call->tid};
+	int fds[] = {call->mntns, fd};
+	if (!ix_question(call, &ask, fds, 2))
+		return ix_let_kernel_run("nobody answers: the welds hold");
+	const struct ix_answer *answer = &call->question->answer;
+	if (answer->cache && (answer->act == IX_ACT_CONTINUE || answer->act == IX_ACT_ERROR))
+		ix_cache_put(st->mnt_id, op, answer->act == IX_ACT_ERROR ? answer->error : 0);
+	return ix_act(call, answer, ix_take_fd(&call->question->answer_fd));
+}
+
+static struct ix_reply handle_umount(struct ix_call *call, uint64_t flags)
+{
+	if (flags & ~(uint64_t)(MNT_FORCE | MNT_DETACH | MNT_EXPIRE | UMOUNT_NOFOLLOW))
+		return ix_let_kernel_run("flags that the kernel refuses");
+	if (flags & MNT_EXPIRE)
+		return ix_let_kernel_run("nothing that has welded mounts on it expires");
+	if (ix_read_string(call->tid, call->args[0], call->path, sizeof(call->path)) < 0)
+		return ix_let_kernel_run("a path that the kernel refuses");
+	if (ix_guard_state.config.account_units)
+		ix_account(call);
+	if (resolve_target(call, !(flags & UMOUNT_NOFOLLOW)) < 0)
+		return ix_let_kernel_run("a path that does not resolve");
+	if (!call->target_stat.mount_root)
+		return ix_let_kernel_run("no mount: EINVAL is the kernel's");
+	enum ix_op op = flags & MNT_DETACH ? IX_OP_DETACH : IX_OP_UMOUNT;
+	return decide(call, op, call->target, &call->target_stat, flags);
+}
+
+static struct ix_reply handle_remount(struct ix_call *call, uint64_t flags)
+{
+	if (resolve_target(call, true) < 0 || !call->target_stat.mount_root)
+		return ix_let_kernel_run("no mount: EINVAL is the kernel's");
+	return decide(call, IX_OP_REMOUNT, call->target, &call->target_stat, flags);
+}
+
+static struct ix_reply handle_bind(struct ix_call *call)
+{
+	struct ix_stat st;
+	if (ix_read_string(call->tid, call->args[0], call->text, sizeof(call->text)) < 0)
+		return ix_let_kernel_run("a source that the kernel refuses");
+	cleanup_close int source = ix_resolve(ix_guard_state.proc, call->tid, AT_FDCWD, call->text, true);
+	if (source < 0 || ix_statx(source, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0)
+		return ix_let_kernel_run("a source that does not resolve");
+	if (!S_ISDIR(st.mode) || !is_ours(source, &st))
+		return ix_let_kernel_run("nothing welded can be below");
+	if (!open_mount_namespace(call) || !ix_caller_rules(call, call->mntns))
+		return ix_let_kernel_run("the caller lacks the right: EPERM is the kernel's");
+	if (resolve_target(call, true) < 0)
+		return ix_let_kernel_run("a target that does not resolve");
+	return ix_act_bind(call, source);
+}
+
+static struct ix_reply handle_move(struct ix_call *call)
+{
+	struct ix_stat st;
+	if (ix_read_string(call->tid, call->args[0], call->text, sizeof(call->text)) < 0)
+		return ix_let_kernel_run("a source that the kernel refuses");
+	cleanup_close int source = ix_resolve(ix_guard_state.proc, call->tid, AT_FDCWD, call->text, true);
+	if (source < 0 || ix_statx(source, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0 || !st.mount_root)
+		return ix_let_kernel_run("no mount to move: EINVAL is the kernel's");
+	return decide(call, IX_OP_MOVE, source, &st, 0);
+}
+
+static bool token_is(const char *token, size_t length, const char *word)
+{
+	return strlen(word) == length && memcmp(token, word, length) == 0;
+}
+
+static bool parse_gid(const char *text, size_t length, uint32_t *gid)
+{
+	uint64_t value = 0;
+	if (length == 0 || length > 10)
+		return false;
+	for (size_t i = 0; i < length; i++) {
+		if (text[i] < '0' || text[i] > '9')
+			return false;
+		value = value * 10 + (uint64_t)(text[i] - '0');
+	}
+	*gid = (uint32_t)value;
+	return value < UINT32_MAX;
+}
+
+static bool parse_hidepid(const char *text, size_t length, int32_t *hidepid)
+{
+	static const struct { const char *word; int value; } words[] = {
+		{"0", 0}, {"1", 1}, {"2", 2}, {"4", 4}, {"off", 0}, {"noaccess", 1}, {"invisible", 2}, {"ptraceable", 4},
+	};
+	for (size_t i = 0; i < sizeof(words) / sizeof(words[0]); i++)
+		if (token_is(text, length, words[i].word)) {
+			*hidepid = words[i].value;
+			return true;
+		}
+	return false;
+}
+
+/* The options of a new procfs (proc(5)); anything else is left to the kernel, which refuses it with its own errno. */
+static bool parse_options(const char *data, struct ix_ask *ask)
+{
+	for (const char *p = data; *p;) {
+		size_t n = strcspn(p, ",");
+		bool ok = n == 0;
+		if (ask->kind == 1 && n > 8 && memcmp(p, "hidepid=", 8) == 0)
+			ok = parse_hidepid(p + 8, n - 8, &ask->hidepid);
+		else if (ask->kind == 1 && n > 4 && memcmp(p, "gid=", 4) == 0)
+			ok = parse_gid(p + 4, n - 4, &ask->gid);
+		else if (ask->kind == 1 && token_is(p, n, "subset=pid"))
+			ok = (ask->subset_pid = 1) != 0;
+		if (!ok)
+			return false;
+		p += n + (p[n] == ',');
+	}
+	return true;
+}
+
+static void copy_source(const char *source, char out[IX_SOURCE_MAX])
+{
+	size_t n = strlen(source);
+	if (n == 0 || n >= IX_SOURCE_MAX)
+		return;
+	for (size_t i = 0; i < n; i++)
+		if (source[i] <= ' ' || source[i] > '~' || source[i] == '\\')
+			return;
+	memcpy(out, source, n);
+}
+
+static struct ix_reply ask_for_composite(struct ix_call *call, struct ix_ask *ask)
+{
+	cleanup_close int pidns = ix_open_caller(ix_guard_state.proc, call->tid, "ns/pid_for_children", O_RDONLY);
+	cleanup_close int netns = ix_open_caller(ix_guard_state.proc, call->tid, "ns/net", O_RDONLY);
+	if (pidns < 0 || netns < 0 || !open_mount_namespace(call))
+		return ix_let_kernel_run("the caller is gone, or its PID namespace has no process yet");
+	/* mount_capable() of fs/super.c asks for the right over the owner of the filesystem's namespace as well. */
+	if (!ix_caller_rules(call, call->mntns) || !ix_caller_rules(call, ask->kind == 1 ? pidns : netns))
+		return ix_let_kernel_run("the caller lacks the right: EPERM is the kernel's");
+	int fds[] = {call->mntns, pidns, netns};
+	if (!ix_question(call, ask, fds, 3))
+		return ix_let_kernel_run("nobody answers: the kernel refuses what would reveal");
+	return ix_act(call, &call->question->answer, ix_take_fd(&call->question->answer_fd));
+}
+
+static struct ix_reply handle_new(struct ix_call *call, uint64_t flags)
+{
+	char fstype[16];
+	struct ix_ask ask = {
+		.type = IX_MSG_ASK, .op = IX_OP_NEW, .flags = flags, .tid = call->tid, .hidepid = -1, .gid = UINT32_MAX,
+	};
+	if (ix_read_string(call->tid, call->args[2], fstype, sizeof(fstype)) < 0)
+		return ix_let_kernel_run("no filesystem type of ours");
+	ask.kind = strcmp(fstype, "proc") == 0 ? 1 : strcmp(fstype, "sysfs") == 0 ? 2 : 0;
+	if (ask.kind == 0)
+		return ix_let_kernel_run("no filesystem type of ours");
+	if (call->args[0] && ix_read_string(call->tid, call->args[0], call->text, sizeof(call->text)) < 0)
+		return ix_let_kernel_run("a source that the kernel refuses");
+	if (call->args[0])
+		copy_source(call->text, ask.source);
+	call->text[0] = '\0';
+	if (call->args[4] && ix_read_string(call->tid, call->args[4], call->text, sizeof(call->text)) < 0)
+		return ix_let_kernel_run("options that the kernel refuses");
+	if (!parse_options(call->text, &ask))
+		return ix_let_kernel_run("options that the kernel refuses");
+	if (resolve_target(call, true) < 0)
+		return ix_let_kernel_run("a target that does not resolve");
+	if (!S_ISDIR(call->target_stat.mode))
+		return ix_let_kernel_run("no directory: ENOTDIR is the kernel's");
+	ask.mnt_id = call->target_stat.mnt_id;
+	return ask_for_composite(call, &ask);
+}
+
+/* The order in which path_mount() of fs/namespace.c looks at the flags decides what a call means. */
+static struct ix_reply handle_mount(struct ix_call *call)
+{
+	uint64_t flags = call->args[3];
+	if ((flags & MS_MGC_MSK) == MS_MGC_VAL)
+		flags &= ~(uint64_t)MS_MGC_MSK;
+	if (ix_read_string(call->tid, call->args[1], call->path, sizeof(call->path)) < 0)
+		return ix_let_kernel_run("a target that the kernel refuses");
+	if (flags & MS_REMOUNT)
+		return handle_remount(call, flags);
+	if (flags & MS_BIND)
+		return flags & MS_REC ? ix_let_kernel_run("recursive binds bring the welds along") : handle_bind(call);
+	if (flags & (MS_SHARED | MS_PRIVATE | MS_SLAVE | MS_UNBINDABLE))
+		return ix_let_kernel_run("propagation never uncovers anything welded");
+	if (flags & MS_MOVE)
+		return handle_move(call);
+	return handle_new(call, flags);
+}
+
+struct ix_reply ix_handle(struct ix_call *call, uint32_t arch, int nr)
+{
+	switch (family_of(arch, nr)) {
+	case FAMILY_MOUNT:
+		return handle_mount(call);
+	case FAMILY_UMOUNT:
+		return handle_umount(call, call->args[1] & UINT32_MAX);
+	case FAMILY_UMOUNT_OLD:
+		return handle_umount(call, 0);
+	case FAMILY_NEW_API:
+		return ix_let_kernel_run("the kernel refuses what would reveal");
+	case FAMILY_UNKNOWN:
+		break;
+	}
+	/* A call that nobody asked us to judge: what the kernel says of calls that it does not know. */
+	return ix_deny(ENOSYS);
+}

@@ -1,0 +1,159 @@
+/* The guard's end of the link to the daemon: descriptors and answers in, questions out. */
+#include "guard.h"
+
+#include <poll.h>
+
+bool ix_link_send(const void *message, size_t size, const int *fds, int fd_count)
+{
+	union {
+		char bytes[CMSG_SPACE(3 * sizeof(int))];
+		struct cmsghdr align;
+	} control = {0};
+	struct iovec data = {.iov_base = (void *)(uintptr_t)message, .iov_len = size};
+	struct msghdr msg = {.msg_iov = &data, .msg_iovlen = 1};
+	if (fd_count > 0) {
+		msg.msg_control = control.bytes;
+		msg.msg_controllen = CMSG_SPACE((size_t)fd_count * sizeof(int));
+		struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
+		c->cmsg_level = SOL_SOCKET;
+		c->cmsg_type = SCM_RIGHTS;
+		c->cmsg_len = CMSG_LEN((size_t)fd_count * sizeof(int));
+		memcpy(CMSG_DATA(c), fds, (size_t)fd_count * sizeof(int));
+	}
+	ssize_t n;
+	do
+		n = sendmsg(ix_guard_state.link, &msg, MSG_NOSIGNAL | MSG_DONTWAIT);
+	while (n < 0 && errno == EINTR);
+	return n >= 0;
+}
+
+union message {
+	uint32_t type;
+	struct ix_note note;
+	struct ix_answer answer;
+};
+
+/* Returns the size of the message, 0 at end of file, -1 on failure; *fd is the first descriptor, others are closed. */
+static ssize_t receive(union message *message, int *fd)
+{
+	union {
+		char bytes[CMSG_SPACE(4 * sizeof(int))];
+		struct cmsghdr align;
+	} control;
+	struct iovec data = {.iov_base = message, .iov_len = sizeof(*message)};
+	struct msghdr msg = {
+		.msg_iov = &data, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof(control.bytes),
+	};
+	ssize_t n;
+	*fd = -1;
+	do
+		n = recvmsg(ix_guard_state.link, &msg, MSG_CMSG_CLOEXEC);
+	while (n < 0 && errno == EINTR);
+	if (n < 0)
+		return -1;
+	for (struct cmsghdr *c = CMSG_FIRSTHDR(&msg); c; c = CMSG_NXTHDR(&msg, c)) {
+		if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
+			continue;
+		size_t count = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+		for (size_t i = 0; i < count; i++) {
+			int got;
+			memcpy(&got, CMSG_DATA(c) + i * sizeof(int), sizeof(int));
+			if (*fd < 0)
+				*fd = got;
+			else
+				close(got);
+		}
+	}
+	return n;
+}
+
+static void take_answer(const struct ix_answer *answer, int *fd)
+{
+	struct ix_question *q = &ix_guard_state.questions[answer->seq % IX_SLOTS];
+	pthread_mutex_lock(&q->lock);
+	if (q->seq != 0 && q->seq == answer->seq && !q->done) {
+		q->answer = *answer;
+		q->answer_fd = ix_take_fd(fd);
+		q->done = true;
+		pthread_cond_signal(&q->answered);
+	}
+	pthread_mutex_unlock(&q->lock);
+}
+
+/* A new daemon does not know what its predecessor was asked. */
+static void ask_again(void)
+{
+	for (int i = 0; i < IX_SLOTS; i++) {
+		struct ix_question *q = &ix_guard_state.questions[i];
+		pthread_mutex_lock(&q->lock);
+		if (q->seq != 0 && !q->done)
+			ix_link_send(&q->ask, sizeof(q->ask), q->fds, q->fd_count);
+		pthread_mutex_unlock(&q->lock);
+	}
+}
+
+static bool alive(int listener)
+{
+	struct pollfd p = {.fd = listener, .events = POLLIN};
+	return poll(&p, 1, 0) >= 0 && !(p.revents & (POLLHUP | POLLNVAL | POLLERR));
+}
+
+static void serve_listener(uint32_t index, int *fd)
+{
+	struct ix_guard_state *g = &ix_guard_state;
+	struct ix_listener *l = NULL;
+	for (int i = 0; i < IX_LISTENERS && !l; i++)
+		if (atomic_load(&g->listeners[i].receivers) == 0)
+			l = &g->listeners[i];
+	if (*fd < 0 || !l || !alive(*fd))
+		return;
+	ix_close_fd(&l->fd);
+	l->fd = ix_take_fd(fd);
+	l->index = index;
+	atomic_store(&l->dropped, 0);
+	atomic_store(&l->idle, 0);
+	/* Six times faster where the kernel has it (6.6+). */
+	ioctl(l->fd, SECCOMP_IOCTL_NOTIF_SET_FLAGS, SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP);
+	/* What a predecessor had received and not answered comes first. */
+	for (int slot = 0; slot < IX_SLOTS; slot++) {
+		const struct seccomp_notif *n = (const void *)g->journal->slots[slot].notif;
+		if (n->id != 0 && g->journal->slots[slot].listener == index && !atomic_exchange(&g->slot_taken[slot], 1))
+			ix_start_receiver(l, slot, true);
+	}
+	ix_start_receiver(l, -1, false);
+	struct ix_note ready = {.type = IX_MSG_READY, .value = index};
+	ix_link_send(&ready, sizeof(ready), NULL, 0);
+}
+
+/* For kernels before 6.11, whose SECCOMP_IOCTL_NOTIF_RECV does not end with its last caller. */
+static void drop_listener(uint32_t index)
+{
+	for (int i = 0; i < IX_LISTENERS; i++) {
+		struct ix_listener *l = &ix_guard_state.listeners[i];
+		if (atomic_load(&l->receivers) > 0 && l->index == index)
+			atomic_store(&l->dropped, 1);
+	}
+}
+
+int ix_link_serve(void)
+{
+	for (;;) {
+		union message m = {0};
+		int fd;
+		ssize_t n = receive(&m, &fd);
+		/* End of file: daemon and keeper are gone for good. Calls that need no daemon go on being answered. */
+		if (n <= 0)
+			return 0;
+		if (n == sizeof(m.answer) && m.type == IX_MSG_ANSWER)
+			take_answer(&m.answer, &fd);
+		else if (n == sizeof(m.note) && m.type == IX_MSG_LISTENER)
+			serve_listener(m.note.value, &fd);
+		else if (n == sizeof(m.note) && m.type == IX_MSG_DROP)
+			drop_listener(m.note.value);
+		else if (n == sizeof(m.note) && m.type == IX_MSG_FLUSH)
+			ix_cache_flush();
+		else if (n == sizeof(m.note) && m.type == IX_MSG_HELLO)
+			ask_again();
+		ix_close_fd(&fd);
+	}
+}

@@ -1,0 +1,229 @@
+/*
+ * A path as the caller would resolve it, from a process that is not in the caller's PID namespace.
+ *
+ * The fast way is one openat2 in the caller's root. What it cannot do - /proc/self, magic links, `..` from a working
+ * directory - the walker does, component by component. A wrong answer costs function, never protection, so a path that
+ * neither resolves is left to the kernel.
+ */
+#include "guard.h"
+
+#include <stdio.h>
+
+enum { MAX_LINKS = 40, PROC_ROOT_INO = 1 };
+
+struct walk {
+	int proc_fd;                   /* the host's procfs */
+	int tid;
+	int root;                      /* the caller's root */
+	int at;                        /* where we are */
+	int hop_parent;                /* procfs root that `..` leads back to after self was replaced; -1 otherwise */
+	int links;
+	char rest[2 * PATH_MAX];       /* what is still to be walked */
+};
+
+static int open_of(int proc_fd, int tid, const char *what, int flags)
+{
+	char name[64];
+	snprintf(name, sizeof(name), "%d/%s", tid, what);
+	return ix_result(openat(proc_fd, name, flags | O_CLOEXEC));
+}
+
+int ix_open_caller(int proc_fd, int tid, const char *what, int flags)
+{
+	return open_of(proc_fd, tid, what, flags);
+}
+
+static int start_of(int proc_fd, int tid, int dirfd)
+{
+	char what[32];
+	if (dirfd == AT_FDCWD)
+		return open_of(proc_fd, tid, "cwd", O_PATH);
+	snprintf(what, sizeof(what), "fd/%d", dirfd);
+	return open_of(proc_fd, tid, what, O_PATH);
+}
+
+static bool same_place(int a, int b)
+{
+	struct ix_stat x, y;
+	return ix_statx(a, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &x) == 0 &&
+	       ix_statx(b, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &y) == 0 && x.mnt_id == y.mnt_id &&
+	       x.ino == y.ino && x.dev_major == y.dev_major && x.dev_minor == y.dev_minor;
+}
+
+static void step_to(struct walk *w, int fd)
+{
+	ix_close_fd(&w->at);
+	w->at = fd;
+	ix_close_fd(&w->hop_parent);
+	w->hop_parent = -1;
+}
+
+static bool is_procfs(int fd, struct ix_stat *st)
+{
+	uint64_t magic;
+	/* Only an anonymous device can be procfs; asking anything else could wait for a filesystem of the caller's. */
+	return ix_statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, st) == 0 && st->dev_major == 0 &&
+	       ix_fs_magic(fd, &magic) == 0 && magic == IX_PROC_SUPER_MAGIC;
+}
+
+/* Puts a link's text before what is still to be walked. */
+static int prepend_link(struct walk *w, const char *text, size_t length)
+{
+	size_t rest = strlen(w->rest);
+	if (length + 1 + rest >= sizeof(w->rest))
+		return -ENAMETOOLONG;
+	memmove(w->rest + length + 1, w->rest, rest + 1);
+	memcpy(w->rest, text, length);
+	w->rest[length] = '/';
+	if (rest == 0)
+		w->rest[length] = '\0';
+	if (text[0] == '/') {
+		int root = fcntl(w->root, F_DUPFD_CLOEXEC, 0);
+		if (root < 0)
+			return -errno;
+		step_to(w, root);
+	}
+	return 0;
+}
+
+/* /proc/self and /proc/thread-self mean nothing to us; the same directory of the host's procfs stands in for them. */
+static int hop_to_caller(struct walk *w)
+{
+	char name[16];
+	snprintf(name, sizeof(name), "%d", w->tid);
+	int fd = ix_result(openat(w->proc_fd, name, O_PATH | O_DIRECTORY | O_CLOEXEC));
+	if (fd < 0)
+		return fd;
+	int parent = ix_take_fd(&w->at);
+	step_to(w, fd);
+	w->hop_parent = parent;
+	return 0;
+}
+
+static int follow_link(struct walk *w, const char *name, int link_fd)
+{
+	char text[PATH_MAX];
+	struct ix_stat here, link;
+	if (++w->links > MAX_LINKS)
+		return -ELOOP;
+	if (is_procfs(link_fd, &link) && is_procfs(w->at, &here)) {
+		/* procfs' textual links (mounts, net) stand in its root; every one below is magic: the kernel's to follow. */
+		if (here.ino != PROC_ROOT_INO) {
+			int target = ix_result(openat(w->at, name, O_PATH | O_CLOEXEC));
+			if (target < 0)
+				return target;
+			step_to(w, target);
+			return 0;
+		}
+		if (strcmp(name, "self") == 0 || strcmp(name, "thread-self") == 0)
+			return hop_to_caller(w);
+	}
+	ssize_t n = readlinkat(link_fd, "", text, sizeof(text));
+	if (n < 0)
+		return -errno;
+	if ((size_t)n == sizeof(text))
+		return -ENAMETOOLONG;
+	text[n] = '\0';
+	return n == 0 ? -ENOENT : prepend_link(w, text, (size_t)n);
+}
+
+static int walk_up(struct walk *w)
+{
+	if (w->hop_parent >= 0) {
+		step_to(w, ix_take_fd(&w->hop_parent));
+		return 0;
+	}
+	if (same_place(w->at, w->root))
+		return 0;
+	int fd = ix_result(openat(w->at, "..", O_PATH | O_DIRECTORY | O_CLOEXEC));
+	if (fd < 0)
+		return fd;
+	step_to(w, fd);
+	return 0;
+}
+
+/* Takes the next component off w->rest; an empty name means that nothing is left. `more`: something follows. */
+static int next_component(struct walk *w, char name[NAME_MAX + 1], bool *more)
+{
+	char *p = w->rest;
+	while (*p == '/')
+		p++;
+	size_t n = strcspn(p, "/");
+	if (n > NAME_MAX)
+		return -ENAMETOOLONG;
+	memcpy(name, p, n);
+	name[n] = '\0';
+	*more = p[n] == '/';
+	memmove(w->rest, p + n, strlen(p + n) + 1);
+	return 0;
+}
+
+static int walk_step(struct walk *w, const char *name, bool follow)
+{
+	struct ix_stat st;
+	if (strcmp(name, ".") == 0)
+		return 0;
+	if (strcmp(name, "..") == 0)
+		return walk_up(w);
+	cleanup_close int fd = ix_result(openat(w->at, name, O_PATH | O_NOFOLLOW | O_CLOEXEC));
+	if (fd < 0)
+		return fd;
+	if (ix_statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0)
+		return -ENOENT;
+	if (S_ISLNK(st.mode) && follow)
+		return follow_link(w, name, fd);
+	step_to(w, ix_take_fd(&fd));
+	return 0;
+}
+
+static int walk_path(struct walk *w, bool follow)
+{
+	for (;;) {
+		char name[NAME_MAX + 1];
+		bool more;
+		int r = next_component(w, name, &more);
+		if (r < 0 || name[0] == '\0')
+			return r;
+		r = walk_step(w, name, more || follow);
+		if (r < 0)
+			return r;
+	}
+}
+
+static int walk_slowly(int proc_fd, int tid, int root, int start, const char *path, bool follow)
+{
+	struct walk w = {.proc_fd = proc_fd, .tid = tid, .root = root, .hop_parent = -1};
+	size_t n = strlen(path);
+	if (n >= PATH_MAX)
+		return -ENAMETOOLONG;
+	memcpy(w.rest, path, n + 1);
+	w.at = fcntl(start, F_DUPFD_CLOEXEC, 0);
+	if (w.at < 0)
+		return -errno;
+	int r = walk_path(&w, follow);
+	ix_close_fd(&w.hop_parent);
+	if (r < 0) {
+		ix_close_fd(&w.at);
+		return r;
+	}
+	return w.at;
+}
+
+int ix_resolve(int proc_fd, int tid, int dirfd, const char *path, int follow)
+{
+	if (path[0] == '\0')
+		return -ENOENT;
+	cleanup_close int root = open_of(proc_fd, tid, "root", O_PATH | O_DIRECTORY);
+	if (root < 0)
+		return root;
+	uint64_t flags = O_PATH | (follow ? 0 : O_NOFOLLOW);
+	if (path[0] == '/') {
+		int fd = ix_openat2(root, path, flags, 0, RESOLVE_IN_ROOT);
+		return fd >= 0 ? fd : walk_slowly(proc_fd, tid, root, root, path, follow);
+	}
+	cleanup_close int start = start_of(proc_fd, tid, dirfd);
+	if (start < 0)
+		return start;
+	int fd = ix_openat2(start, path, flags, 0, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS);
+	return fd >= 0 ? fd : walk_slowly(proc_fd, tid, root, start, path, follow);
+}

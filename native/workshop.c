@@ -1,0 +1,99 @@
+/* Operations that must happen in one piece: no thread is ever left behind in a foreign namespace. */
+#include "compat.h"
+
+static int configure(int context, const char *const *key_values)
+{
+	for (const char *const *kv = key_values; kv && kv[0]; kv += 2) {
+		unsigned int cmd = kv[1] ? FSCONFIG_SET_STRING : FSCONFIG_SET_FLAG;
+		int r = ix_fsconfig(context, cmd, kv[0], kv[1], 0);
+		if (r < 0)
+			return r;
+	}
+	return ix_fsconfig(context, FSCONFIG_CMD_CREATE, NULL, NULL, 0);
+}
+
+/*
+ * procfs takes its PID namespace from nsproxy->pid_ns_for_children at fsopen (fs/proc/root.c), sysfs its network
+ * namespace from nsproxy->net_ns: joining for the length of this call suffices, no process appears in there.
+ */
+int ix_fresh_mount(const char *fstype, int pidns_fd, int netns_fd, const char *const *key_values,
+		   unsigned int attrs, int *step)
+{
+	cleanup_close int own_pid = open("/proc/thread-self/ns/pid_for_children", O_RDONLY | O_CLOEXEC);
+	cleanup_close int own_net = open("/proc/thread-self/ns/net", O_RDONLY | O_CLOEXEC);
+	*step = 0;
+	if (own_pid < 0 || own_net < 0)
+		return -errno;
+	*step = 1;
+	if (pidns_fd >= 0 && setns(pidns_fd, CLONE_NEWPID) < 0)
+		return -errno;
+	*step = 2;
+	int result = netns_fd >= 0 ? ix_setns(netns_fd, CLONE_NEWNET) : 0;
+	cleanup_close int context = -1;
+	if (result >= 0) {
+		*step = 3;
+		result = context = ix_fsopen(fstype, 0);
+	}
+	if (result >= 0) {
+		*step = 4;
+		result = configure(context, key_values);
+	}
+	/* Leaving again cannot fail for the host's root; a process that could not would be unfit to go on. */
+	if ((pidns_fd >= 0 && setns(own_pid, CLONE_NEWPID) < 0) || (netns_fd >= 0 && setns(own_net, CLONE_NEWNET) < 0))
+		abort();
+	if (result < 0)
+		return result;
+	*step = 5;
+	return ix_fsmount(context, 0, attrs);
+}
+
+static int send_fd(int sock, int fd, int error)
+{
+	union {
+		char bytes[CMSG_SPACE(sizeof(int))];
+		struct cmsghdr align;
+	} control = {0};
+	struct iovec data = {.iov_base = &error, .iov_len = sizeof(error)};
+	struct msghdr msg = {.msg_iov = &data, .msg_iovlen = 1};
+	if (fd >= 0) {
+		msg.msg_control = control.bytes;
+		msg.msg_controllen = sizeof(control.bytes);
+		struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
+		c->cmsg_level = SOL_SOCKET;
+		c->cmsg_type = SCM_RIGHTS;
+		c->cmsg_len = CMSG_LEN(sizeof(int));
+		memcpy(CMSG_DATA(c), &fd, sizeof(int));
+	}
+	ssize_t n;
+	do
+		n = sendmsg(sock, &msg, MSG_NOSIGNAL);
+	while (n < 0 && errno == EINTR);
+	return n < 0 ? -errno : 0;
+}
+
+int ix_welder(int sock, const char *staging)
+{
+	char slot[PATH_MAX];
+	size_t length = strlen(staging);
+	if (length > sizeof(slot) - 3)
+		return -ENAMETOOLONG;
+	memcpy(slot, staging, length);
+	memcpy(slot + length, "/w", 3);
+	/* Mounts that propagate into a mount namespace of another user namespace arrive locked, with their flags
+	 * locked too (lock_mnt_tree() in fs/namespace.c): that is the weld. */
+	if (unshare(CLONE_NEWUSER | CLONE_NEWNS) < 0)
+		return send_fd(sock, -1, errno);
+	if (send_fd(sock, -1, 0) < 0)
+		return -EPIPE;
+	for (;;) {
+		char request;
+		ssize_t n = read(sock, &request, 1);
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			return 0;
+		cleanup_close int tree = ix_open_tree(AT_FDCWD, slot, OPEN_TREE_CLONE | AT_RECURSIVE);
+		if (send_fd(sock, tree, tree < 0 ? -tree : 0) < 0)
+			return -EPIPE;
+	}
+}

@@ -1,0 +1,175 @@
+"""The tables of the view: rows, how paths find them, and the nodes that are made up."""
+
+from __future__ import annotations
+
+import errno
+import stat
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from interceptor.view import proc
+from interceptor.view import sys as sysfs
+from interceptor.view.nodes import (
+    REAL,
+    Directory,
+    Effect,
+    NodeError,
+    Owner,
+    Row,
+    Table,
+    constant,
+    join,
+    real,
+    text,
+)
+from interceptor.view.protocol import Base
+
+TABLE = Table({Base.PROC: proc.ROWS, Base.SYS: sysfs.ROWS})
+NS = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Clock:
+    """A host at one instant."""
+
+    now_ns: int = 0
+    ratio: float = 1.0
+
+    def boottime_ns(self) -> int:
+        return self.now_ns
+
+    def idle_ratio(self) -> float:
+        return self.ratio
+
+
+def owner(created_ns: int = 0) -> Owner:
+    return Owner("c", 100000, 100000, created_ns)
+
+
+def test_uptime_counts_from_creation_and_cuts_digits_off() -> None:
+    assert proc.uptime(owner(10 * NS), Clock(11 * NS + 999_999_999, ratio=1.5)) == b"1.99 2.99\n"
+
+
+def test_uptime_before_creation_is_zero() -> None:
+    assert proc.uptime(owner(10 * NS), Clock(9 * NS)) == b"0.00 0.00\n"
+
+
+@given(st.integers(0, 2**50), st.integers(0, 2**50), st.integers(0, 2**40), st.integers(0, 2**40))
+def test_uptime_never_runs_backwards(created: int, passed: int, more: int, idled: int) -> None:
+    """The idle column too, although the host's ratio may fall: nothing is older than the host."""
+
+    def columns(up_ns: int, idle_ns: int) -> list[float]:
+        host = Clock(up_ns, idle_ns / max(up_ns, 1))
+        return [float(column) for column in proc.uptime(owner(created), host).split()]
+
+    up, idle = created + passed, (created + passed) // 2
+    before = columns(up, idle)
+    after = columns(up + more, idle + min(idled, more))
+    # Floating point may cost the last digit shown.
+    assert after[0] >= before[0] and after[1] >= before[1] - 0.011
+
+
+def test_swaps_is_what_the_kernel_says_without_swap() -> None:
+    with open("/proc/swaps", "rb") as file:
+        assert file.readline() == proc.SWAPS_HEADER
+
+
+@pytest.mark.parametrize(
+    ("base", "path", "row"),
+    [
+        (Base.PROC, b"uptime", b"uptime"),
+        (Base.PROC, b"swaps", b"swaps"),
+        (Base.PROC, b"sys", b"sys"),
+        (Base.PROC, b"sys/kernel/hostname", b"sys"),
+        (Base.PROC, b"sys/net/ipv4", b"sys"),
+        (Base.PROC, b"sys/net/ipv4/conf/eth0/forwarding", b"sys/net/ipv4/conf"),
+        (Base.PROC, b"", b""),
+        (Base.SYS, b"kernel/mm", b"kernel"),
+        (Base.SYS, b"devices", b"devices"),
+        (Base.SYS, b"devices/virtual/net/lo", b"devices/virtual/net"),
+        (Base.SYS, b"module/nf_conntrack", b"module/nf_conntrack"),
+    ],
+)
+def test_path_finds_the_nearest_row(base: Base, path: bytes, row: bytes) -> None:
+    found = TABLE.find(base, path)
+    assert found is not None and found.path == row
+
+
+@pytest.mark.parametrize(
+    ("base", "path"),
+    [
+        (Base.PROC, b"1"),
+        (Base.PROC, b"kcore"),
+        (Base.PROC, b"sysrq-trigger"),
+        (Base.PROC, b"sysx"),
+        (Base.PROC, b"uptime/x"),
+        (Base.SYS, b"firmware"),
+        (Base.SYS, b"devices/pci0000:00"),
+        (Base.SYS, b"module/kvm"),
+        (Base.SYS, b"module/nf_conntrack/sections"),
+    ],
+)
+def test_what_no_row_stands_for_does_not_exist(base: Base, path: bytes) -> None:
+    directory, _, name = path.rpartition(b"/")
+    with pytest.raises(NodeError) as caught:
+        TABLE.child(base, directory, name)
+    assert caught.value.errno == errno.ENOENT
+
+
+@given(
+    st.lists(
+        st.sampled_from([b"sys", b"kernel", b"devices", b"virtual", b"net", b"1", b"uptime", b"module"]),
+        max_size=6,
+    )
+)
+def test_a_path_has_a_row_only_if_its_directory_has(names: list[bytes]) -> None:
+    for base in Base:
+        path = b"/".join(names)
+        if names and TABLE.find(base, path) is not None:
+            assert TABLE.find(base, path.rpartition(b"/")[0]) is not None
+
+
+def test_directories_that_lead_to_rows_exist_and_list_them() -> None:
+    module = TABLE.find(Base.SYS, b"module")
+    assert module is not None and module.source is Directory.OF_ROWS and module.mode == stat.S_IFDIR | 0o555
+    assert set(TABLE.children(Base.SYS, b"")) == {b"kernel", b"devices", b"module"}
+    assert set(TABLE.children(Base.SYS, b"module/nf_conntrack")) == {b"parameters"}
+    assert set(TABLE.children(Base.PROC, b"")) == {b"uptime", b"swaps", b"sys"}
+
+
+def test_no_directory_is_made_up_inside_the_real_tree() -> None:
+    table = Table({Base.PROC: (real(b"sys"), real(b"sys/net/ipv4/conf"))})
+    net = table.find(Base.PROC, b"sys/net")
+    assert net is not None and net.source is REAL and net.path == b"sys"
+    assert table.children(Base.PROC, b"sys") == {}
+
+
+def test_only_the_rows_own_path_has_its_fixed_attributes() -> None:
+    row = TABLE.find(Base.PROC, b"sys/kernel")
+    assert row is not None
+    assert row.is_fixed_at(b"sys") and not row.is_fixed_at(b"sys/kernel")
+
+
+def test_every_real_row_writes_to_the_real_node_and_no_other_does() -> None:
+    for row in (*proc.ROWS, *sysfs.ROWS):
+        assert (row.effect is Effect.REAL) == (row.source is REAL), row
+
+
+def test_two_rows_for_one_path_are_a_mistake() -> None:
+    with pytest.raises(ValueError, match="two rows"):
+        Table({Base.PROC: (text(b"a", constant(b"")), text(b"a", constant(b"")))})
+
+
+def test_a_made_up_row_needs_attributes_and_cannot_write_to_the_real_node() -> None:
+    with pytest.raises(ValueError, match="only the real node"):
+        Row(b"a", constant(b""))
+    with pytest.raises(ValueError, match="only the real node"):
+        Row(b"a", constant(b""), mode=stat.S_IFREG | 0o644, effect=Effect.REAL)
+
+
+def test_join_knows_the_root() -> None:
+    assert join(b"", b"a") == b"a"
+    assert join(b"a", b"b") == b"a/b"
