@@ -13,10 +13,10 @@ HERE = Path(__file__).resolve().parent
 class SdistWithNative(sdist):
     """setuptools takes the C files from the extension, but not the headers nor the build description."""
 
-    def add_defaults(self) -> None:
-        super().add_defaults()
+    def make_distribution(self) -> None:
         native = [p for p in (HERE / "native").iterdir() if p.suffix in {".c", ".h", ".py", ".md"}]
         self.filelist.extend(sorted(f"native/{p.name}" for p in native))
+        super().make_distribution()
 
 
 setup(

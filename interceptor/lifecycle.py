@@ -27,7 +27,7 @@ from interceptor.kernel.namespaces import open_namespace
 from interceptor.kernel.process import pidfd_open
 from interceptor.mounts.composite import HARDENED, Composer, Material, Shields
 from interceptor.mounts.managed import VIEW_PROC, VIEW_SYS, make_plan
-from interceptor.mounts.weld import Welder
+from interceptor.mounts.weld import Bench, Welder
 from interceptor.observe.log import get_logger
 from interceptor.oci.state import ContainerProcessState, State
 from interceptor.verdicts import Answerer
@@ -50,7 +50,8 @@ class Lifecycle:
         root = keeper.workshop_root
         self._view_root = os.path.join(root, "view")
         self._view = ViewClient(keeper.view)
-        self._composer = Composer(Shields(root), Welder(keeper.welder, os.path.join(root, "weld")))
+        welder, bench = Welder(keeper.welder, os.path.join(root, "weld")), Bench(os.path.join(root, "bench"))
+        self._composer = Composer(Shields(root), welder, bench)
         self._answerer = Answerer(self._composer, config.protect_immutable_unmounts)
         self._supervisors: dict[str, Supervisor] = {}
 

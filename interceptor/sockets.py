@@ -21,6 +21,9 @@ Handler = Callable[[socket.socket], Awaitable[None]]
 #: Errors of accept(2) that mean "no descriptor or memory now", not "this socket is broken".
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
+#: Seconds to leave the backlog alone in that case.
+_PAUSE = 1.0
+
 
 class PeerCredentials(NamedTuple):
     """``struct ucred`` of unix(7): who connected, as numbered in our own namespaces."""
@@ -85,19 +88,23 @@ class RootServer:
     """
 
     def __init__(self, path: str, handler: Handler, limit: int = 256) -> None:
+        self._loop = asyncio.get_running_loop()
         self._path = path
         self._handler = handler
-        self._slots = asyncio.Semaphore(limit)
+        self._limit = limit
         self._connections: set[asyncio.Task[None]] = set()
+        self._log = get_logger(socket=path)
+        self._pause: asyncio.TimerHandle | None = None
         self._listener = listen(path)
         self._inode = os.stat(path).st_ino
-        self._log = get_logger(socket=path)
-        self._accepting = asyncio.create_task(self._accept_all())
+        self._loop.add_reader(self._listener, self._accept)
 
     def close(self) -> None:
         """Stop listening, remove the socket file if it is still ours, and cancel what is being served."""
-        self._accepting.cancel()
+        self._loop.remove_reader(self._listener)
         self._listener.close()
+        if self._pause is not None:
+            self._pause.cancel()
         with contextlib.suppress(FileNotFoundError):
             if os.stat(self._path).st_ino == self._inode:
                 os.unlink(self._path)
@@ -106,30 +113,38 @@ class RootServer:
 
     async def wait_closed(self) -> None:
         """Wait until everything that `close` cancelled has ended."""
-        await asyncio.gather(self._accepting, *self._connections, return_exceptions=True)
+        await asyncio.gather(*self._connections, return_exceptions=True)
 
-    async def _accept_all(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await self._slots.acquire()
-            try:
-                connection, _ = await loop.sock_accept(self._listener)
-            except OSError as error:
-                self._slots.release()
-                if error.errno not in _EXHAUSTED:
-                    raise
-                self._log.warning("cannot accept a connection", error=error.strerror)
-                await asyncio.sleep(1)  # sleep: no event tells that a descriptor or memory has become free
-                continue
-            task = asyncio.create_task(self._serve(connection))
-            self._connections.add(task)
-            task.add_done_callback(functools.partial(self._done, connection))
+    def _accept(self) -> None:
+        """Called when somebody waits. Synchronous: a coroutine that is cancelled may lose what it has accepted."""
+        try:
+            connection, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            if error.errno not in _EXHAUSTED:
+                raise
+            self._log.warning("cannot accept a connection", error=error.strerror)
+            self._loop.remove_reader(self._listener)
+            # No event tells that a descriptor or memory has become free.
+            self._pause = self._loop.call_later(_PAUSE, self._resume)
+            return
+        task = self._loop.create_task(self._serve(connection))
+        self._connections.add(task)
+        task.add_done_callback(functools.partial(self._done, connection))
+        if len(self._connections) >= self._limit:
+            self._loop.remove_reader(self._listener)
+
+    def _resume(self) -> None:
+        if self._listener.fileno() >= 0:
+            self._loop.add_reader(self._listener, self._accept)
 
     def _done(self, connection: socket.socket, task: asyncio.Task[None]) -> None:
         # Not in the task itself: one that is cancelled before its first step runs no line of its own.
         connection.close()
         self._connections.discard(task)
-        self._slots.release()
+        if len(self._connections) == self._limit - 1:
+            self._resume()
 
     async def _serve(self, connection: socket.socket) -> None:
         connection.setblocking(False)

@@ -13,6 +13,10 @@ struct mount_info {
 
 static int enter(const struct ix_call *call)
 {
+	/* setns demands a root and working directory of one's own, and a thread just started by this one still shares
+	 * them until it runs; when nobody does, this costs nothing. */
+	if (unshare(CLONE_FS) < 0)
+		return -errno;
 	return ix_result(setns(call->mntns, CLONE_NEWNS));
 }
 
@@ -90,6 +94,16 @@ static bool listed(const struct ix_answer *answer, uint64_t id)
 	return false;
 }
 
+static bool has_own_mounts(uint64_t base_id, const struct ix_answer *answer)
+{
+	uint64_t ids[256];
+	int64_t n = ix_listmount(base_id, 0, 0, ids, 256);
+	for (int64_t i = 0; i < n; i++)
+		if (!listed(answer, ids[i]))
+			return true;
+	return n < 0 || n == 256;
+}
+
 /* Clones of the container's own mounts on a base, onto the composite that will take its place. */
 static int carry_over(uint64_t base_id, const char *base_point, const struct ix_answer *answer, int composite)
 {
@@ -110,22 +124,35 @@ static int carry_over(uint64_t base_id, const char *base_point, const struct ix_
 			cleanup_close int tree = ix_open_tree(child, "", OPEN_TREE_CLONE | AT_RECURSIVE | AT_EMPTY_PATH);
 			if (tree < 0)
 				return tree;
-			int r = ix_move_mount(tree, "", composite, mount_point(&info) + prefix + 1, MOVE_MOUNT_F_EMPTY_PATH);
+			cleanup_close int at = ix_openat2(composite, mount_point(&info) + prefix + 1, O_PATH | O_NOFOLLOW, 0,
+							  RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS);
+			int r = at < 0 ? at : ix_move_mount(tree, "", at, "", EFFECT_FLAGS);
 			if (r < 0)
 				return r;
 		}
 	}
 }
 
-/* Beneath and then away with the old one: at no instant is there a gap. Kernels before 6.5 leave one. */
-static int replace(int base, const char *point, int composite)
+/*
+ * First beneath the old one, then the container's own mounts onto it, then away with the old one: at no instant is
+ * there a gap, and nothing of it shows before it is complete. Kernels before 6.5 leave a gap.
+ */
+static int replace(int base, uint64_t base_id, const char *point, const struct ix_answer *answer, int composite)
 {
-	if (ix_move_mount(composite, "", base, "", EFFECT_FLAGS | MOVE_MOUNT_BENEATH) == 0)
-		return detach(base);
-	int r = detach(base);
-	if (r < 0)
-		return r;
-	return ix_move_mount(composite, "", AT_FDCWD, point, MOVE_MOUNT_F_EMPTY_PATH);
+	int r = ix_move_mount(composite, "", base, "", EFFECT_FLAGS | MOVE_MOUNT_BENEATH);
+	if (r < 0) {
+		/* The container's own mounts would be lost on the way: then rather nothing. */
+		if (has_own_mounts(base_id, answer))
+			return -EBUSY;
+		r = detach(base);
+		return r < 0 ? r : ix_move_mount(composite, "", AT_FDCWD, point, MOVE_MOUNT_F_EMPTY_PATH);
+	}
+	r = carry_over(base_id, point, answer, composite);
+	if (r < 0) {
+		detach(composite);
+		return -EBUSY;
+	}
+	return detach(base);
 }
 
 static struct ix_reply act_swap(struct ix_call *call, const struct ix_answer *answer, int composite)
@@ -134,11 +161,9 @@ static struct ix_reply act_swap(struct ix_call *call, const struct ix_answer *an
 	cleanup_close int base = open_mount(answer->base_id, &info);
 	if (base < 0)
 		return ix_deny(EBUSY);
-	if (carry_over(answer->base_id, mount_point(&info), answer, composite) < 0)
-		return ix_deny(EBUSY);
 	if (!begin(call, IX_ACT_SWAP, answer->base_id, answer->there_id))
 		return ix_deny(EINTR);
-	return finish(call, replace(base, mount_point(&info), composite));
+	return finish(call, replace(base, answer->base_id, mount_point(&info), answer, composite));
 }
 
 static struct ix_reply act_detach(struct ix_call *call, const struct ix_answer *answer)

@@ -79,7 +79,7 @@ enum ix_op {
 	IX_OP_DETACH = 2,      /* the same with MNT_DETACH */
 	IX_OP_MOVE = 3,        /* descriptors: mount namespace, source */
 	IX_OP_REMOUNT = 4,     /* descriptors: mount namespace, target */
-	IX_OP_NEW = 5          /* descriptors: mount namespace, PID namespace for children, network namespace */
+	IX_OP_NEW = 5          /* descriptors: mount namespace, PID namespace, network namespace */
 };
 
 enum ix_act {

@@ -13,7 +13,7 @@
 
 #include <dirent.h>
 
-enum { OP_GETATTR = 1, OP_LIST, OP_READ, OP_WRITE, OP_READLINK };
+enum { OP_GETATTR = 1, OP_LIST, OP_READ, OP_WRITE, OP_READLINK, OP_OPEN };
 enum { BASE_PROC, BASE_SYS, BASES };
 enum { ENVOY_PATH_MAX = 4095, ENVOY_DATA_MAX = 65536, DENTS_MAX = 8192 };
 
@@ -22,7 +22,7 @@ struct request {
 	uint8_t op;
 	uint8_t base;
 	uint16_t path_len;
-	uint32_t size;         /* READ: bytes wanted */
+	uint32_t size;         /* READ: bytes wanted; OPEN: O_RDONLY, O_WRONLY or O_RDWR */
 	uint32_t flags;        /* none yet: must be 0 */
 	uint64_t offset;       /* READ, WRITE: position; LIST: cookie to go on from, 0 to begin */
 };                             /* then path_len bytes of path, then what is to be written */
@@ -236,6 +236,16 @@ static int op_readlink(int base)
 	return (int)n;
 }
 
+/* Only whether it can be opened: procfs refuses there what the mode of a node seems to allow (proc_sys_permission). */
+static int op_open(int base)
+{
+	cleanup_close int fd = -1;
+	if (in.head.size > O_RDWR)
+		return -EINVAL;
+	fd = open_data(base, in.head.size);
+	return fd < 0 ? fd : 0;
+}
+
 static int serve(const int *bases, size_t received)
 {
 	size_t len = in.head.path_len, body = received - sizeof(in.head);
@@ -262,6 +272,8 @@ static int serve(const int *bases, size_t received)
 		return op_write(base, in.rest + len, body - len);
 	case OP_READLINK:
 		return op_readlink(base);
+	case OP_OPEN:
+		return op_open(base);
 	default:
 		return -EINVAL;
 	}

@@ -220,10 +220,10 @@ static void copy_source(const char *source, char out[IX_SOURCE_MAX])
 
 static struct ix_reply ask_for_composite(struct ix_call *call, struct ix_ask *ask)
 {
-	cleanup_close int pidns = ix_open_caller(ix_guard_state.proc, call->tid, "ns/pid_for_children", O_RDONLY);
+	cleanup_close int pidns = ix_open_caller(ix_guard_state.proc, call->tid, "ns/pid", O_RDONLY);
 	cleanup_close int netns = ix_open_caller(ix_guard_state.proc, call->tid, "ns/net", O_RDONLY);
 	if (pidns < 0 || netns < 0 || !open_mount_namespace(call))
-		return ix_let_kernel_run("the caller is gone, or its PID namespace has no process yet");
+		return ix_let_kernel_run("the caller is gone");
 	/* mount_capable() of fs/super.c asks for the right over the owner of the filesystem's namespace as well. */
 	if (!ix_caller_rules(call, call->mntns) || !ix_caller_rules(call, ask->kind == 1 ? pidns : netns))
 		return ix_let_kernel_run("the caller lacks the right: EPERM is the kernel's");

@@ -1,6 +1,9 @@
 /* Operations that must happen in one piece: no thread is ever left behind in a foreign namespace. */
 #include "compat.h"
 
+#include <signal.h>
+#include <sys/wait.h>
+
 static int configure(int context, const char *const *key_values)
 {
 	for (const char *const *kv = key_values; kv && kv[0]; kv += 2) {
@@ -12,35 +15,79 @@ static int configure(int context, const char *const *key_values)
 	return ix_fsconfig(context, FSCONFIG_CMD_CREATE, NULL, NULL, 0);
 }
 
+struct opener {
+	const char *fstype;
+	int result;
+};
+
+static int open_context(void *argument)
+{
+	struct opener *o = argument;
+	o->result = ix_fsopen(o->fstype, 0);
+	return 0;
+}
+
 /*
- * procfs takes its PID namespace from nsproxy->pid_ns_for_children at fsopen (fs/proc/root.c), sysfs its network
- * namespace from nsproxy->net_ns: joining for the length of this call suffices, no process appears in there.
+ * Before 6.17 procfs takes its PID namespace from the process that calls fsopen, and only a child can be in another.
+ * It shares our descriptors, so the context that it opens is ours; it shares our memory, so nothing is copied.
  */
+static int fsopen_in_pid_namespace(const char *fstype, int pidns_fd)
+{
+	static char stack[32768] __attribute__((aligned(16)));
+	struct opener o = {.fstype = fstype, .result = -ECHILD};
+	cleanup_close int own = open("/proc/thread-self/ns/pid_for_children", O_RDONLY | O_CLOEXEC);
+	if (own < 0 || setns(pidns_fd, CLONE_NEWPID) < 0)
+		return -errno;
+	pid_t child = clone(open_context, stack + sizeof(stack), CLONE_FILES | CLONE_VM | CLONE_VFORK | SIGCHLD, &o);
+	int failure = errno;
+	/* Leaving again cannot fail for the host's root; a process that could not would be unfit to go on. */
+	if (setns(own, CLONE_NEWPID) < 0)
+		abort();
+	if (child < 0)
+		return -failure;
+	while (waitpid(child, NULL, 0) < 0 && errno == EINTR)
+		;
+	return o.result;
+}
+
+static int open_procfs(const char *fstype, int pidns_fd, int *step)
+{
+	*step = 3;
+	int context = ix_fsopen(fstype, 0);
+	if (context < 0 || pidns_fd < 0)
+		return context;
+	if (ix_fsconfig(context, FSCONFIG_SET_FD, "pidns", NULL, pidns_fd) >= 0)
+		return context;
+	close(context);
+	*step = 1;
+	return fsopen_in_pid_namespace(fstype, pidns_fd);
+}
+
+/* sysfs takes its network namespace from nsproxy: joining for the length of this call suffices. */
+static int open_sysfs(const char *fstype, int netns_fd, int *step)
+{
+	*step = 0;
+	cleanup_close int own = netns_fd < 0 ? -1 : open("/proc/thread-self/ns/net", O_RDONLY | O_CLOEXEC);
+	if (netns_fd >= 0 && own < 0)
+		return -errno;
+	*step = 2;
+	if (netns_fd >= 0 && setns(netns_fd, CLONE_NEWNET) < 0)
+		return -errno;
+	*step = 3;
+	int context = ix_fsopen(fstype, 0);
+	if (netns_fd >= 0 && setns(own, CLONE_NEWNET) < 0)
+		abort();
+	return context;
+}
+
 int ix_fresh_mount(const char *fstype, int pidns_fd, int netns_fd, const char *const *key_values,
 		   unsigned int attrs, int *step)
 {
-	cleanup_close int own_pid = open("/proc/thread-self/ns/pid_for_children", O_RDONLY | O_CLOEXEC);
-	cleanup_close int own_net = open("/proc/thread-self/ns/net", O_RDONLY | O_CLOEXEC);
-	*step = 0;
-	if (own_pid < 0 || own_net < 0)
-		return -errno;
-	*step = 1;
-	if (pidns_fd >= 0 && setns(pidns_fd, CLONE_NEWPID) < 0)
-		return -errno;
-	*step = 2;
-	int result = netns_fd >= 0 ? ix_setns(netns_fd, CLONE_NEWNET) : 0;
-	cleanup_close int context = -1;
-	if (result >= 0) {
-		*step = 3;
-		result = context = ix_fsopen(fstype, 0);
-	}
-	if (result >= 0) {
-		*step = 4;
-		result = configure(context, key_values);
-	}
-	/* Leaving again cannot fail for the host's root; a process that could not would be unfit to go on. */
-	if ((pidns_fd >= 0 && setns(own_pid, CLONE_NEWPID) < 0) || (netns_fd >= 0 && setns(own_net, CLONE_NEWNET) < 0))
-		abort();
+	cleanup_close int context = netns_fd >= 0 ? open_sysfs(fstype, netns_fd, step) : open_procfs(fstype, pidns_fd, step);
+	if (context < 0)
+		return context;
+	*step = 4;
+	int result = configure(context, key_values);
 	if (result < 0)
 		return result;
 	*step = 5;

@@ -13,6 +13,12 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+from hypothesis import settings
+
+# A deadline per example would measure what else this machine does; --long of integration/check runs more of them.
+settings.register_profile("normal", deadline=None)
+settings.register_profile("long", deadline=None, max_examples=5000)
+settings.load_profile("long" if os.environ.get("INTERCEPTOR_LONG") == "1" else "normal")
 
 ROOT_REASON = "need root and were deselected: run integration/check with sudo"
 

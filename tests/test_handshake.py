@@ -314,7 +314,7 @@ def test_any_value_of_any_field_is_taken_or_refused(field: str, value: object) -
         assert "ContainerProcessState" in str(error)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pieces=st.lists(st.binary(min_size=1, max_size=200), max_size=4), count=st.integers(0, 20))
 def test_no_bytes_and_descriptors_leak_or_stop_the_server(
     agent: Agent, pipe: int, pieces: list[bytes], count: int

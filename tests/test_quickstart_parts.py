@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import stat
 import struct
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from integration.containers import cgroups, facts, naive_agent, rootfs
+from integration.containers import cgroups, facts, naive_agent, processes, rootfs
 from integration.containers.kernel_calls import mount_id
 from integration.containers.notify import NotifySocket, NotReady
 from integration.containers.quickstart import parser
@@ -29,6 +30,7 @@ def good_facts() -> facts.Facts:
         refusals=[facts.Refusal("/proc/sys", 0, 22, 22)],
         originals=7,
         looked_at=20,
+        left_processes=[],
         latency={kind: facts.Latency(5.0, 9.0, 100) for kind in facts.KINDS},
     )
 
@@ -53,6 +55,7 @@ def test_table_is_good_only_when_every_fact_is() -> None:
         ({"refusals": [facts.Refusal("/proc/sys", 2, 0, 22)]}, "unmounts of originals"),
         ({"originals_lost": ["/proc/sys"]}, "originals still in place, by mount ID"),
         ({"raw": ["/proc/sys is procfs"]}, "raw nodes seen"),
+        ({"left_processes": ["7: interceptor serve"]}, "processes left when container and daemon are gone"),
         ({"bug": {"calls_per_second": 0.0}}, "the bug: faked umounts a second"),
     ],
 )
@@ -158,6 +161,15 @@ def test_death_and_wake_end_the_wait_for_readiness(tmp_path: Path) -> None:
         child.stdin.close()
         with pytest.raises(NotReady, match="ended before"):
             ready.wait_ready(child.pid, 30)
+
+
+def test_processes_are_found_by_their_environment_and_ended(tmp_path: Path) -> None:
+    environment = {**os.environ, "NOTIFY_SOCKET": f"{tmp_path}/notify"}
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, env=environment) as child:
+        assert processes.end_all(tmp_path / "other", 0) == []
+        assert processes.end_all(tmp_path, 0) == [f"{child.pid}: cat"]
+        assert child.wait() == -signal.SIGKILL
+    assert processes.end_all(tmp_path, 30) == []
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,15 @@ PACKET_MAX = 24 + 4095 + DATA_MAX
 def compile_envoy(target: Path, *flags: str) -> Path:
     sources = [ROOT / "native" / "envoy.c", ROOT / "tests" / "native" / "envoy_main.c"]
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wvla"]
-    command = ["cc", "-std=gnu11", *warnings, *flags, "-I", ROOT / "native", "-o", target, *sources]
+    command = [
+        "cc",
+        "-std=gnu11",
+        *warnings,
+        *flags,
+        f"-I{ROOT / 'native'}",
+        f"-o{target}",
+        *map(str, sources),
+    ]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return target
 
@@ -142,6 +150,17 @@ def test_writes_in_place_without_truncating(envoy: Envoy, tree: Path) -> None:
 def test_writes_a_full_packet(envoy: Envoy, tree: Path) -> None:
     assert envoy(Op.WRITE, b"file", data=b"x" * DATA_MAX).value == DATA_MAX
     assert (tree / "file").stat().st_size == DATA_MAX
+
+
+def test_opening_tells_and_changes_nothing(envoy: Envoy, tree: Path) -> None:
+    for access in (os.O_RDONLY, os.O_WRONLY, os.O_RDWR):
+        assert envoy(Op.OPEN, b"file", size=access).error == 0
+        assert envoy(Op.OPEN, b"absent", size=access).error == errno.ENOENT
+        assert envoy(Op.OPEN, b"dir", size=access).error == errno.EISDIR
+        assert envoy(Op.OPEN, b"link", size=access).error == errno.ELOOP
+    assert envoy(Op.OPEN, b"file", size=os.O_WRONLY | os.O_TRUNC).error == errno.EINVAL
+    assert envoy(Op.OPEN, b"absent", size=os.O_WRONLY | os.O_CREAT).error == errno.EINVAL
+    assert (tree / "file").read_bytes() == b"0123456789" and not (tree / "absent").exists()
 
 
 def test_never_creates(envoy: Envoy, tree: Path) -> None:

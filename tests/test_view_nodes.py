@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import stat
 from dataclasses import dataclass
+from typing import cast
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 from interceptor.view import proc
 from interceptor.view import sys as sysfs
+from interceptor.view.envoy import Container, Envoy, OverflowIds
+from interceptor.view.inodes import InodeTable
 from interceptor.view.nodes import (
     REAL,
     Directory,
@@ -173,3 +176,51 @@ def test_a_made_up_row_needs_attributes_and_cannot_write_to_the_real_node() -> N
 def test_join_knows_the_root() -> None:
     assert join(b"", b"a") == b"a"
     assert join(b"a", b"b") == b"a/b"
+
+
+def container(name: str) -> Container:
+    return Container(Owner(name, 0, 0, 0), cast(Envoy, None), OverflowIds())
+
+
+def test_inode_is_the_same_until_the_kernel_forgets_it() -> None:
+    table, one, other = InodeTable(), container("one"), container("other")
+    inode = table.intern(one, Base.PROC, b"sys", None, stat.S_IFDIR)
+    inode.lookups += 2
+    assert table.intern(one, Base.PROC, b"sys", None, stat.S_IFDIR) is inode
+    assert table.intern(one, Base.SYS, b"sys", None, stat.S_IFDIR).number != inode.number
+    assert table.intern(other, Base.PROC, b"sys", None, stat.S_IFDIR).number != inode.number
+    table.forget(inode.number, 1)
+    assert table.get(inode.number) is inode
+    table.forget(inode.number, 1)
+    with pytest.raises(NodeError) as caught:
+        table.get(inode.number)
+    assert caught.value.errno == errno.ESTALE
+    again = table.intern(one, Base.PROC, b"sys", None, stat.S_IFDIR)
+    assert again.number != inode.number, "numbers are never used again"
+
+
+def test_a_node_of_another_kind_is_another_inode() -> None:
+    table, owner_ = InodeTable(), container("c")
+    file = table.intern(owner_, Base.SYS, b"x", None, stat.S_IFREG)
+    file.lookups += 1
+    directory = table.intern(owner_, Base.SYS, b"x", None, stat.S_IFDIR)
+    directory.lookups += 1
+    assert directory is not file
+    table.forget(file.number, 1)
+    assert table.intern(owner_, Base.SYS, b"x", None, stat.S_IFDIR) is directory
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 3)), max_size=50))
+def test_memory_is_given_back_with_the_last_forget(lookups: list[tuple[int, int]]) -> None:
+    table, owner_ = InodeTable(), container("c")
+    counts: dict[int, int] = {}
+    for path, count in lookups:
+        inode = table.intern(owner_, Base.PROC, b"%d" % path, None, stat.S_IFREG)
+        inode.lookups += count
+        counts[inode.number] = counts.get(inode.number, 0) + count
+    assert len(table) == 1 + len(counts)
+    for number, count in counts.items():
+        table.forget(number, count)
+    assert len(table) == 1
+    table.forget(table.root.number, 1000)
+    assert table.get(table.root.number) is table.root

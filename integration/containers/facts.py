@@ -12,8 +12,8 @@ STORM = 200
 HANDFUL = 60
 KINDS = ("continued", "denied", "handled")
 ANSWERED_BY = {
-    "continued": "natively, the kernel runs it",
-    "denied": "natively, from the verdict cache",
+    "continued": "natively: the kernel runs it",
+    "denied": "an error of ours",
     "handled": "by the daemon",
 }
 
@@ -79,6 +79,7 @@ class Facts:
     looked_at: int = 0
     raw: list[str] = field(default_factory=list)
     latency: dict[str, Latency] = field(default_factory=dict)
+    left_processes: list[str] | None = None
     bug: Mapping[str, Any] | None = None
 
     @property
@@ -106,6 +107,7 @@ def lines(facts: Facts) -> list[Line]:
             facts.looked_at > 0 and not facts.raw,
         ),
         *_latency_lines(facts),
+        _left_line(facts),
     ]
 
 
@@ -183,6 +185,12 @@ def _latency_lines(facts: Facts) -> list[Line]:
             Line(f"µs per trapped umount, median / p99: {kind} ({ANSWERED_BY[kind]})", text, measured)
         )
     return result
+
+
+def _left_line(facts: Facts) -> Line:
+    left = facts.left_processes
+    text = "not looked for" if left is None else f"{len(left)}" + _list(left)
+    return Line("processes left when container and daemon are gone", text, left == [])
 
 
 def _list(items: list[str]) -> str:

@@ -32,7 +32,7 @@ def mount_id(path: str) -> int:
 
     The path is opened first: a descriptor pins the mount, so that the number belongs to what was there.
     """
-    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         buffer = ctypes.create_string_buffer(_STATX_SIZE)
         flags = _AT_EMPTY_PATH | _AT_NO_AUTOMOUNT | _AT_STATX_DONT_SYNC

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from integration.containers import bug, facts, kernel_calls, rootfs
+from integration.containers import bug, facts, kernel_calls, processes, rootfs
 from integration.containers.cgroups import NoCgroup2
 from integration.containers.daemon import Daemon, DaemonError, serving
 from integration.containers.notify import NotReady
@@ -29,6 +30,8 @@ from integration.containers.systemd import FIRST_ID, Booting, Plan, started
 #: What may fail for reasons that the message explains; anything else is a defect and shows its traceback.
 EXPLAINED = (CommandFailed, DaemonError, NoCgroup2, NotReady, subprocess.CalledProcessError, OSError)
 
+#: How long guards may take to follow their container, and the daemon's other processes the daemon.
+END_SECONDS = 5.0
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -44,7 +47,8 @@ class Options:
 
 def run(options: Options) -> int:
     """Perform the whole quickstart; return the exit status."""
-    console = Console(highlight=False, soft_wrap=True)
+    # A pipe has no width; what a log is read with has more than the 80 columns that rich assumes.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     for number in _ENDING:
         signal.signal(number, _interrupt)
     found = facts.Facts()
@@ -75,6 +79,7 @@ def work_directory() -> Iterator[Path]:
     try:
         yield directory
     finally:
+        processes.end_all(directory, 0)
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -101,6 +106,7 @@ def _perform(options: Options, directory: Path, found: facts.Facts, console: Con
                 Steps(booting, daemon, found, say).run()
                 if options.keep:
                     _keep(booting, daemon, console)
+    found.left_processes = processes.end_all(directory, END_SECONDS)
 
 
 def guarded_plan(name: str, lower: Path, directory: Path, daemon: Daemon) -> Plan:
@@ -120,8 +126,8 @@ def render(table: list[facts.Line]) -> Table:
     """Return the table as the terminal shows it."""
     result = Table(title="quickstart", title_justify="left", show_lines=False)
     result.add_column("")
-    result.add_column("what")
-    result.add_column("result")
+    result.add_column("what", overflow="fold")
+    result.add_column("result", overflow="fold")
     for line in table:
         mark = "[green]ok[/]" if line.good else "[red]BAD[/]"
         result.add_row(mark, escape(line.what), escape(line.value))

@@ -100,7 +100,8 @@ def started(plan: Plan) -> Iterator[Booting]:
 @contextlib.contextmanager
 def overlay(lower: Path, directory: Path, plan: Plan) -> Iterator[Path]:
     """Mount an overlay over ``lower`` with its upper layer in memory, with the container's own files in place."""
-    directory.mkdir()
+    # `runc exec` changes to the rootfs's path first, also when it runs where these mounts are not seen (`--keep`).
+    (directory / "merged").mkdir(parents=True)
     _mount("tmpfs", "quickstart", directory, "mode=755")
     try:
         upper, work, merged = (directory / name for name in ("upper", "work", "merged"))

@@ -20,7 +20,7 @@ def command(as_json: bool) -> None:
     facts = [_root(), _fuse()]
     if facts[0]["available"]:
         # Features are tried, never read off the kernel's version, and most tries take root.
-        from interceptor.kernel import features
+        from interceptor.kernel.features import probe
 
         facts += [
             {
@@ -30,7 +30,7 @@ def command(as_json: bool) -> None:
                 "needed": feature.needed,
                 "why": feature.why,
             }
-            for feature in features.probe()
+            for feature in probe()
         ]
     missing = [fact for fact in facts if fact["needed"] and not fact["available"]]
     if as_json:

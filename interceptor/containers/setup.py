@@ -129,13 +129,15 @@ class Builder:
         return found
 
     def _bare_base(self, base: MountStat) -> OwnedFd:
-        with visiting(self._site.namespace, self._site.home):
+        tree: OwnedFd | None = None
+        with visiting(self._site.namespace, self._site.home), _open_exactly(base) as fd:
             try:
-                with _open_exactly(base) as fd:
-                    return mount.clone_mount(fd)
+                tree = mount.clone_mount(fd)
             except SyscallError:
                 if base.fstype != b"sysfs":
                     raise
+        if tree is not None:
+            return self._composer.bench.our_own(tree)
         # A bind of the host's sysfs comes with locked mounts on it; a fresh one of that network namespace is the same.
         return mount.fresh_mount(b"sysfs", {}, network_namespace=self._network)
 
@@ -170,33 +172,34 @@ class Builder:
 
     def _assemble(self, pieces: list[_Piece], root_readonly: bool) -> OwnedFd:
         """One detached tree of welded clones; the locks are below bases only, the flags are locked everywhere."""
-        root: OwnedFd | None = None
         top = pieces[0].node.mount.point
-        for piece in pieces:
-            welded = self._weld_piece(piece, root_readonly and root is None)
-            if welded is None:
-                continue
-            if root is None:
-                root = welded
-                continue
-            inside = piece.node.mount.point[len(top.rstrip(b"/")) :].strip(b"/")
-            flags = ResolveFlag.RESOLVE_IN_ROOT | _NO_LINKS
-            with welded, process.openat2(root, inside, os.O_PATH | os.O_NOFOLLOW, flags) as at:
-                mount.attach(welded, at)
-        assert root is not None
-        return root
+        trees = [self._weld_piece(p, root_readonly and p is pieces[0]) for p in pieces]
+        flags = ResolveFlag.RESOLVE_IN_ROOT | _NO_LINKS
+        assert trees[0] is not None
+        with trees[0], self._composer.bench.attached(trees[0]) as place:
+            for piece, tree in zip(pieces[1:], trees[1:], strict=True):
+                if tree is None:
+                    continue
+                inside = piece.node.mount.point[len(top.rstrip(b"/")) :].strip(b"/")
+                with (
+                    tree,
+                    process.openat2(mount.AT_FDCWD, place, os.O_PATH) as root,
+                    process.openat2(root, inside, os.O_PATH | os.O_NOFOLLOW, flags) as at,
+                ):
+                    mount.attach(tree, at)
+            return mount.clone_mount(mount.AT_FDCWD, place, recursive=True)
 
     def _weld_piece(self, piece: _Piece, readonly: bool) -> OwnedFd | None:
         found = piece.node.mount
         if is_base(found):
-            bare = self._material.bare.get(found.dev)
-            base = mount.clone_mount(bare) if bare else mount.clone_mount(piece.tree)
             with piece.tree:
+                bare = self._material.bare.get(found.dev) or self._bare_base(found)
+                base = mount.clone_mount(bare)
                 attributes = found.attributes & PROTECTED
                 if attributes:
                     mount.mount_setattr(base, set_=attributes)
                 covers = self._material.plan.of(found.fstype)
-                self._composer.cover(base, b"", found.fstype, self._material, covers, bare or base)
+                self._composer.cover(base, b"", found.fstype, self._material, covers, bare)
                 if attributes & MountAttr.MOUNT_ATTR_RDONLY:
                     mount.mount_setattr(base, set_=MountAttr.MOUNT_ATTR_RDONLY, recursive=True)
                 return self._composer.weld(base)

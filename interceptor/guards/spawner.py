@@ -11,10 +11,12 @@ needs, because every guard starts as a copy of this process.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import signal
 import socket
+import stat
 import struct
 import sys
 from typing import Any
@@ -27,7 +29,6 @@ MS_REC = 0x4000
 MS_PRIVATE = 1 << 18
 MS_SLAVE = 1 << 19
 MS_SHARED = 1 << 20
-MS_HARDENED = 1 | 2 | 4 | 8
 
 
 def _must(result: int, what: str) -> None:
@@ -51,7 +52,7 @@ class Workshop:
         # Slave: what the host unmounts goes here too, so nothing of it is kept busy; nothing of ours goes out.
         _mount(b"none", "/", None, MS_REC | MS_SLAVE)
         _mount(b"interceptor", self.root, b"tmpfs", 2 | 4 | 8, b"mode=0700")
-        for name in ("weld", "view", "shield"):
+        for name in ("weld", "view", "shield", "bench"):
             os.mkdir(os.path.join(self.root, name), 0o755)
         self._make_shields()
         weld = os.path.join(self.root, "weld")
@@ -60,14 +61,17 @@ class Workshop:
         os.mkdir(os.path.join(weld, "w"), 0o755)
 
     def _make_shields(self) -> None:
-        """Empty, read-only things to stand where something else must not be seen. The names show in mountinfo."""
+        """Inert, read-only things to stand where something else must not be seen. Their names show in mountinfo."""
         shield = os.path.join(self.root, "shield")
-        _mount(b"interceptor-shield", shield, b"tmpfs", 2 | 4 | 8, b"mode=0755,size=16k,nr_inodes=16")
+        _mount(b"interceptor-shield", shield, b"tmpfs", 2 | 8, b"mode=0755,size=16k,nr_inodes=16")
         for name in ("shield", "masked"):
             os.mkdir(os.path.join(shield, name), 0o555)
-            with open(os.path.join(shield, name + "-file"), "w") as file:
-                os.fchmod(file.fileno(), 0o444)
-        _mount(b"none", shield, None, 32 | 4096 | MS_HARDENED)
+        with open(os.path.join(shield, "shield-file"), "w") as file:
+            os.fchmod(file.fileno(), 0o444)
+        # What runtimes put over a masked file: it reads as empty and swallows writes.
+        os.mknod(os.path.join(shield, "masked-file"), 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        os.chmod(os.path.join(shield, "masked-file"), 0o666)
+        _mount(b"none", shield, None, 1 | 2 | 8 | 32 | 4096)
 
 
 def _fork(body: Any) -> int:
@@ -136,6 +140,7 @@ class Keeper:
         self.listener.listen(4)
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.listener, selectors.EVENT_READ)
+        self.clients: set[socket.socket] = set()
         self.running = True
 
     def serve(self) -> None:
@@ -143,9 +148,10 @@ class Keeper:
             for key, _ in self.selector.select():
                 if key.fileobj is self.listener:
                     self._accept()
-                else:
-                    assert isinstance(key.fileobj, socket.socket)
+                elif isinstance(key.fileobj, socket.socket):
                     self._order(key.fileobj)
+                else:
+                    self._container_ended(str(key.data))
         os.unlink(self.path)
 
     def _accept(self) -> None:
@@ -155,17 +161,57 @@ class Keeper:
             client.close()
             return
         self.selector.register(client, selectors.EVENT_READ)
+        self._watch_containers(False)
+        self.clients.add(client)
+
+    def _client_left(self, client: socket.socket) -> None:
+        """Without a daemon somebody must let go of containers that end; and with none left there is nothing to keep."""
+        self.selector.unregister(client)
+        self.clients.discard(client)
+        client.close()
+        if not self.clients and self.running:
+            self._watch_containers(True)
+            self._end_if_idle()
+
+    def _watch_containers(self, watch: bool) -> None:
+        for key, (_record, fds) in self.store.items():
+            if key.startswith("c/") and (fds[0] in self.selector.get_map()) != watch:
+                if watch:
+                    self.selector.register(fds[0], selectors.EVENT_READ, key)
+                else:
+                    self.selector.unregister(fds[0])
+
+    def _container_ended(self, key: str) -> None:
+        """A container's first process ended while no daemon was there: its guard and its envoy end too."""
+        record, fds = self.store[key]
+        self.selector.unregister(fds[0])
+        # The registry's order: the guard's descriptor is the last, the envoy's before link and guard.
+        ends = [fds[-1]] if record["guard"] else []
+        if record["envoy"]:
+            ends.append(fds[-3] if record["guard"] else fds[-1])
+        for pidfd in ends:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        self._close(key)
+        for listener in [k for k in self.store if k.startswith("l/" + key[2:] + "/")]:
+            self._close(listener)
+        self._end_if_idle()
+
+    def _end_if_idle(self) -> None:
+        if not any(key.startswith("c/") for key in self.store):
+            self.order_quit(None, [])
 
     def _order(self, client: socket.socket) -> None:
         fds: list[int] = []
         try:
             message, fds = receive_packet(client)
             if message is None:
-                self.selector.unregister(client)
-                client.close()
+                self._client_left(client)
                 return
             reply, reply_fds = getattr(self, "order_" + str(message["op"]))(message, fds)
             send_packet(client, {"ok": True, **reply}, reply_fds)
+        except ConnectionError:
+            self._client_left(client)
         except Exception as error:  # one bad order must not end what keeps every container guarded
             send_packet(client, {"ok": False, "error": f"{type(error).__name__}: {error}"})
         for fd in fds:
@@ -215,7 +261,8 @@ class Keeper:
 
     def order_quit(self, _message: Any, _fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Ends the view, the welder and the keeper. Only sensible when no container is left."""
-        send_packet(self.view, {"op": "quit"})
+        with contextlib.suppress(OSError):
+            send_packet(self.view, {"op": "quit"})
         self.welder.close()
         self.running = False
         return {}, []

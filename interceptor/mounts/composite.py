@@ -15,7 +15,7 @@ from interceptor.kernel.fd import OwnedFd
 from interceptor.kernel.flags import MOUNT_ATTR__ATIME, MountAttr, ResolveFlag
 from interceptor.mounts.arguments import NewMount, atime_attributes, options, simple_attributes
 from interceptor.mounts.managed import ANCHOR, Cover, Covered, Plan
-from interceptor.mounts.weld import Welder
+from interceptor.mounts.weld import Bench, Welder
 
 HARDENED = MountAttr.MOUNT_ATTR_NOSUID | MountAttr.MOUNT_ATTR_NODEV | MountAttr.MOUNT_ATTR_NOEXEC
 _O_PATH = os.O_PATH | os.O_NOFOLLOW
@@ -32,10 +32,8 @@ class Shields:
         root = os.path.join(workshop_root, "shield")
         self._trees = {
             name: mount.clone_mount(mount.AT_FDCWD, os.path.join(root, name))
-            for name in ("shield", "shield-file", "masked")
+            for name in ("shield", "shield-file", "masked", "masked-file")
         }
-        # What runtimes put over a masked file: reads as empty, swallows writes.
-        self._trees["masked-file"] = mount.clone_mount(mount.AT_FDCWD, "/dev/null")
         self.dev = stat.statx(self._trees["shield"]).dev
 
     def clone(self, cover: Cover, directory: bool) -> OwnedFd:
@@ -75,8 +73,9 @@ class Material:
 class Composer:
     """Builds composites in the workshop."""
 
-    def __init__(self, shields: Shields, welder: Welder) -> None:
+    def __init__(self, shields: Shields, welder: Welder, bench: Bench) -> None:
         self.shields = shields
+        self.bench = bench
         self._welder = welder
 
     def weld(self, tree: OwnedFd) -> OwnedFd:
@@ -94,8 +93,9 @@ class Composer:
     ) -> None:
         """Puts covers on a detached, bare tree whose root is ``inside`` its filesystem (empty: the filesystem's root).
 
-        Paths that the tree does not have are passed over.
+        Paths that the tree does not have are passed over. A procfs that has none of them (subset=pid) is anchored.
         """
+        covered_any = False
         for covered in covers:
             if not _is_below(covered.path, inside):
                 continue
@@ -107,7 +107,8 @@ class Composer:
                 raise
             with target, self._cover_tree(covered, target, fstype, material, bare) as cover:
                 mount.attach(cover, target)
-        if fstype == b"proc" and not inside:
+            covered_any = True
+        if fstype == b"proc" and not inside and not covered_any:
             self._anchor(tree)
 
     def _cover_tree(

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from interceptor.errors import InterceptorError, SyscallError
 from interceptor.kernel import mount
@@ -43,3 +45,28 @@ class Welder:
             raise SyscallError(error, "open_tree in the welder's namespace")
         (fd,) = struct.unpack("i", ancillary[0][2])
         return OwnedFd(fd)
+
+
+class Bench:
+    """A private place in the workshop where trees are attached for a while.
+
+    The kernel lets a detached tree be cloned or mounted upon only from the mount namespace it was cloned in
+    (check_anonymous_mnt() of fs/namespace.c); what comes from a container or from the welder passes through here.
+    """
+
+    def __init__(self, place: str) -> None:
+        self._place = place
+
+    @contextmanager
+    def attached(self, tree: OwnedFd) -> Iterator[str]:
+        """The path at which a detached tree stands until the end of the block, when all that is there goes."""
+        mount.attach(tree, mount.AT_FDCWD, self._place)
+        try:
+            yield self._place
+        finally:
+            mount.umount2(self._place, UmountFlag.MNT_DETACH)
+
+    def our_own(self, tree: OwnedFd) -> OwnedFd:
+        """A clone of a detached tree's root that counts as the workshop's own. The tree is used up."""
+        with tree, self.attached(tree) as place:
+            return mount.clone_mount(mount.AT_FDCWD, place)

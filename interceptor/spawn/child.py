@@ -136,6 +136,7 @@ def container_helper(plan: Plan, channel: Channel) -> int:
 def container_init(plan: Plan, channel: Channel) -> int:
     """Process 1: makes the filesystem as a runtime would, pivots, puts on the filter, starts the main process."""
     prctl.set_pdeathsig(signal.SIGKILL)
+    channel.receive("known")
     os.setsid()
     socket.sethostname(plan.hostname)
     build_root(plan)
@@ -310,6 +311,7 @@ def entering_helper(
 def entered(filter_: Filter | None, job: Job, channel: Channel) -> NoReturn:
     """The process of run()."""
     prctl.set_pdeathsig(signal.SIGKILL)
+    channel.receive("known")
     if filter_ is not None:
         put_on(filter_, channel)
     channel.send("ready")

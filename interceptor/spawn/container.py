@@ -5,17 +5,26 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import ParamSpec, Protocol, TypeVar
+from typing import ParamSpec, Protocol, TypeVar, Unpack
 
 from interceptor.errors import ContainerError
 from interceptor.kernel.fd import OwnedFd
 from interceptor.oci import seccomp
 from interceptor.spawn import child, layout
 from interceptor.spawn.channel import Channel
-from interceptor.spawn.process import STEP_SECONDS, Command, Completed, Outputs, Process, launch, make_job
+from interceptor.spawn.process import (
+    STEP_SECONDS,
+    Command,
+    Completed,
+    JobOptions,
+    Outputs,
+    Process,
+    launch,
+    make_job,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -59,6 +68,10 @@ class GuardedChild:
     # ---- the main process ----
 
     @property
+    def is_closed(self) -> bool:
+        return self._closed
+
+    @property
     def main(self) -> Process:
         """The process that was spawned; with none given, process 1 idles and this ends with it."""
         if self._first is None:
@@ -89,37 +102,16 @@ class GuardedChild:
 
     # ---- further processes ----
 
-    def start(
-        self,
-        command: Command,
-        *arguments: object,
-        stdin: bytes | None = None,
-        capture: bool = True,
-        environment: Mapping[str, str] | None = None,
-        directory: str = "/",
-        no_new_privs: bool = True,
-        pass_fds: Sequence[int] = (),
-        drop_capabilities: Sequence[str] = (),
-    ) -> Process:
+    def start(self, command: Command, *arguments: object, **options: Unpack[JobOptions]) -> Process:
         """Start a program or function inside, as ``runc exec`` does, under a filter and listener of its own.
 
         A function runs in a forked copy of this process and sees its memory; it can be read by other processes of
         the container, and what it returns is unpickled here: functions are for containers that are trusted.
-        Modules must have been imported before: their files are not in the container. ``drop_capabilities`` are
-        names without ``cap_``. Raises `ContainerError`.
+        Modules must have been imported before: their files are not in the container. Raises `ContainerError`.
         """
-        outputs = Outputs.make(stdin, capture)
+        outputs = Outputs.make(options)
         try:
-            job = make_job(
-                command,
-                arguments,
-                outputs,
-                environment=environment,
-                directory=directory,
-                no_new_privs=no_new_privs,
-                pass_fds=pass_fds,
-                drop_capabilities=drop_capabilities,
-            )
+            job = make_job(command, arguments, outputs, options)
             flags = layout.namespace_flags(self.user_namespace)
             filter_ = self.filter()
             process = launch(
@@ -138,13 +130,17 @@ class GuardedChild:
         return process
 
     def run(
-        self, command: Command, *arguments: object, timeout: float | None = 60.0, **options: object
+        self,
+        command: Command,
+        *arguments: object,
+        timeout: float | None = 60.0,
+        **options: Unpack[JobOptions],
     ) -> Completed:
         """`start`, then wait for the end; what is still running after ``timeout`` seconds is killed.
 
         Raises like `start` and `Process.wait`.
         """
-        with self.start(command, *arguments, **options) as process:  # type: ignore[arg-type]
+        with self.start(command, *arguments, **options) as process:
             return process.wait(timeout)
 
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

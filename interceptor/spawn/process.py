@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import TypedDict
 
 from interceptor.errors import ContainerError
 from interceptor.kernel.fd import OwnedFd
@@ -35,6 +36,25 @@ REAP_SECONDS = 30.0
 STEP_SECONDS = 60.0
 
 
+class JobOptions(TypedDict, total=False):
+    """What can be said of a process. All is optional."""
+
+    #: What it reads from standard input. Default: nothing.
+    stdin: bytes
+    #: False: it writes where this process does, and nothing of that is kept.
+    capture: bool
+    #: All of its environment. Default: `ENVIRONMENT`.
+    environment: Mapping[str, str]
+    #: Its working directory.
+    directory: str
+    #: Default: True.
+    no_new_privs: bool
+    #: Descriptors that it inherits, by their numbers.
+    pass_fds: Sequence[int]
+    #: Names as prctl(2) has them without ``CAP_``, in small letters: they are gone for ever.
+    drop_capabilities: Sequence[str]
+
+
 @dataclass(frozen=True)
 class Completed:
     """How a process ended. ``returncode`` is negative for a signal; ``value`` is what a function returned."""
@@ -55,8 +75,8 @@ class Outputs:
     outcome: OwnedFd = field(default_factory=lambda: _memfd("outcome"))
 
     @staticmethod
-    def make(stdin: bytes | None, capture: bool) -> Outputs:
-        """``capture`` False: the process writes where this one does."""
+    def make(options: JobOptions) -> Outputs:
+        stdin = options.get("stdin")
         if stdin is None:
             source = OwnedFd(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
         else:
@@ -64,7 +84,7 @@ class Outputs:
             with open(source.fileno(), "wb", closefd=False) as file:
                 file.write(stdin)
             os.lseek(source.fileno(), 0, os.SEEK_SET)
-        if capture:
+        if options.get("capture", True):
             return Outputs(source, _memfd("stdout"), _memfd("stderr"))
         return Outputs(source, OwnedFd(os.dup(1)), OwnedFd(os.dup(2)))
 
@@ -85,17 +105,7 @@ def contents(file: OwnedFd) -> bytes:
         return b""
 
 
-def make_job(
-    command: Command,
-    arguments: tuple[object, ...],
-    outputs: Outputs,
-    *,
-    environment: Mapping[str, str] | None,
-    directory: str,
-    no_new_privs: bool,
-    pass_fds: Sequence[int],
-    drop_capabilities: Sequence[str],
-) -> Job:
+def make_job(command: Command, arguments: tuple[object, ...], outputs: Outputs, options: JobOptions) -> Job:
     """Raises `TypeError` for arguments beside a program that has its own."""
     function = None
     argv = None
@@ -108,13 +118,13 @@ def make_job(
     return Job(
         argv=argv,
         function=function,
-        environment=ENVIRONMENT if environment is None else environment,
-        directory=directory,
+        environment=options.get("environment", ENVIRONMENT),
+        directory=options.get("directory", "/"),
         stdio=(outputs.stdin.fileno(), outputs.stdout.fileno(), outputs.stderr.fileno()),
         outcome=outputs.outcome.fileno(),
-        no_new_privs=no_new_privs,
-        pass_fds=tuple(pass_fds),
-        drop_capabilities=tuple(drop_capabilities),
+        no_new_privs=options.get("no_new_privs", True),
+        pass_fds=tuple(options.get("pass_fds", ())),
+        drop_capabilities=tuple(options.get("drop_capabilities", ())),
     )
 
 
@@ -243,9 +253,10 @@ def launch(
     try:
         if before is not None:
             before(helper, ours)
-        # It waits for us, so the number is still its own.
+        # It waits to be known, so the number is still its own.
         pid = ours.receive("forked", STEP_SECONDS).number
         process = Process(pid, pidfd_open(pid), helper, ours, outputs)
+        ours.send("known")
         bring_up(process, ours)
         return process
     except BaseException:

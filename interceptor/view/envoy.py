@@ -58,6 +58,7 @@ class Envoy:
         self._seq = 0
         self._sending = trio.Lock()
         self._scope = trio.CancelScope()
+        self._stuck = False
         self.alive = True
 
     async def run(self, ended: Callable[[], None]) -> None:
@@ -65,8 +66,13 @@ class Envoy:
         try:
             with self._scope:
                 await self._receive()
+        except trio.ClosedResourceError:
+            pass  # closed by us
         except (OSError, ProtocolError) as error:
             self._log.warning("envoy_failed", error=str(error))
+        except Exception as error:
+            # A mistake here must cost one container its pass-through, not all of them the view.
+            self._log.exception("envoy_reader_failed", error=str(error))
         finally:
             self.close()
             self._sock.close()
@@ -88,6 +94,9 @@ class Envoy:
             if length > REPLY_MAX:
                 raise ProtocolError(f"envoy's reply has {length} bytes")
             reply = decode_reply(bytes(view[:length]))
+            if self._stuck:
+                self._stuck = False
+                self._log.warning("envoy_answers_again")
             call = self._calls.get(reply.seq)
             if call is not None:  # else it came after its time limit
                 call.reply = reply
@@ -106,7 +115,9 @@ class Envoy:
         self, op: Op, base: Base, path: bytes, *, offset: int = 0, size: int = 0, data: bytes = b""
     ) -> Reply:
         """One request and its reply. `NodeError` with the real node's errno; EIO if the envoy is dead or stuck."""
-        if not self.alive:
+        if not self.alive or self._stuck:
+            # One caller has waited in vain already. Lookups of one name come one after the other (d_alloc_parallel in
+            # fs/dcache.c): each waiting anew would make a crowd wait for minutes. The late answer ends this.
             raise NodeError(errno.EIO)
         if len(path) > PATH_MAX:
             raise NodeError(errno.ENAMETOOLONG)
@@ -122,7 +133,9 @@ class Envoy:
         finally:
             del self._calls[seq]
         if call.reply is None:
-            self._log.warning("envoy_gave_no_answer", operation=op.name, path=path, alive=self.alive)
+            if self.alive and not self._stuck:
+                self._stuck = True
+                self._log.warning("envoy_gave_no_answer", operation=op.name, path=path)
             raise NodeError(errno.EIO)
         if call.reply.error:
             raise NodeError(call.reply.error)
@@ -179,6 +192,10 @@ class Container:
     def _entries(self, data: bytes) -> Iterator[Entry]:
         for name, attr, cookie in decode_entries(data):
             yield Entry(name, self._on_host(attr), cookie)
+
+    async def open(self, base: Base, path: bytes, access: int) -> None:
+        """Whether the real file opens for ``access`` (O_WRONLY, O_RDWR); it is not kept open."""
+        await self.envoy.call(Op.OPEN, base, path, size=access)
 
     async def read(self, base: Base, path: bytes, offset: int, size: int) -> bytes:
         """At most ``size`` bytes of the real file, and at most `DATA_MAX`."""

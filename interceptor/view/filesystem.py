@@ -24,7 +24,7 @@ from interceptor.view import proc
 from interceptor.view import sys as sysfs
 from interceptor.view.envoy import Container
 from interceptor.view.inodes import Inode, InodeTable
-from interceptor.view.listing import BASE_NAMES, Listing, directory_attr, fixed_attr
+from interceptor.view.listing import BASE_NAMES, Listing, directory_attr, fixed_attr, shown_attr
 from interceptor.view.nodes import FOREVER_S, REAL, Effect, Host, NodeError, Row, Table, join
 from interceptor.view.protocol import DATA_MAX, NAME_MAX, PATH_MAX, Attr, Base, is_name
 
@@ -136,7 +136,7 @@ class View(pyfuse3.Operations):
             return directory_attr(0o555, container.since_ns)
         if row.is_fixed_at(path):
             return fixed_attr(row, container)
-        return await container.getattr(base, path)
+        return shown_attr(row, container, await container.getattr(base, path))
 
     async def _attributes(self, inode: Inode) -> EntryAttributes:
         if inode.container is None:
@@ -177,6 +177,12 @@ class View(pyfuse3.Operations):
     @answered
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> FileInfo:
         node = self.inodes.get(inode)
+        access = flags & os.O_ACCMODE
+        if access != os.O_RDONLY and node.row is not None and node.row.source is REAL:
+            # Permission for sysctls does not follow from the mode alone, and whoever writes expects to hear of it
+            # when opening. A read tells by itself.
+            container, base, _ = _of_container(node)
+            await container.open(base, node.path, access)
         handle = self._handle()
         self._files[handle] = OpenFile(node, bool(flags & os.O_APPEND))
         # direct_io: sizes say nothing in procfs and content changes unseen, so every read comes to us. Seekable, as
@@ -270,44 +276,44 @@ class View(pyfuse3.Operations):
         data.f_namemax = NAME_MAX
         return data
 
-    # What procfs and sysfs have no operation for. The kernel has asked for write permission on the directory by then
-    # (EACCES); this is what it says to those who have it: EACCES for O_CREAT (lookup_open in fs/namei.c), EPERM else.
+    # What procfs and sysfs have no operation for. Most callers are refused by the mode of the directory already; the
+    # rest, those with CAP_DAC_OVERRIDE over it, hear what the real filesystem would have said to them.
 
     @answered
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> NoReturn:
-        raise NodeError(errno.EACCES)
+        self._refuse_new(parent_inode, errno.EACCES)  # lookup_open in fs/namei.c
 
     @answered
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
     ) -> NoReturn:
-        raise NodeError(errno.EPERM)
+        self._refuse_new(parent_inode)
 
     @answered
     async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext) -> NoReturn:
-        raise NodeError(errno.EPERM)
-
-    @answered
-    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> NoReturn:
-        raise NodeError(errno.EPERM)
-
-    @answered
-    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> NoReturn:
-        raise NodeError(errno.EPERM)
+        self._refuse_new(parent_inode)
 
     @answered
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
     ) -> NoReturn:
-        raise NodeError(errno.EPERM)
+        self._refuse_new(parent_inode)
 
     @answered
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
     ) -> NoReturn:
-        raise NodeError(errno.EPERM)
+        self._refuse_new(new_parent_inode)
+
+    @answered
+    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> NoReturn:
+        self._refuse_change(parent_inode)
+
+    @answered
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> NoReturn:
+        self._refuse_change(parent_inode)
 
     @answered
     async def rename(
@@ -319,7 +325,15 @@ class View(pyfuse3.Operations):
         flags: int,
         ctx: pyfuse3.RequestContext,
     ) -> NoReturn:
-        raise NodeError(errno.EPERM)
+        self._refuse_change(parent_inode_old)
+
+    def _refuse_new(self, directory: int, otherwise: int = errno.EPERM) -> NoReturn:
+        """In /proc/sys a name that does not exist cannot even be looked up (proc_sys_lookup)."""
+        raise NodeError(errno.ENOENT if self.inodes.get(directory).base is Base.PROC else otherwise)
+
+    def _refuse_change(self, directory: int) -> NoReturn:
+        """In /proc/sys no capability overrides the mode of a directory (test_perm in fs/proc/proc_sysctl.c)."""
+        raise NodeError(errno.EACCES if self.inodes.get(directory).base is Base.PROC else errno.EPERM)
 
     # flush, poll, access and extended attributes stay ENOSYS: the kernel then stops asking and answers by itself
     # (0, always ready, by mode, EOPNOTSUPP).

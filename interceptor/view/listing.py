@@ -52,6 +52,13 @@ def fixed_attr(row: Row, container: Container) -> Attr:
     return Attr(row.mode, 1, 0, 0, 0, at, at, at)
 
 
+def shown_attr(row: Row, container: Container, real: Attr) -> Attr:
+    """A real node's attributes as the row lets them be seen."""
+    if row.rooted and stat.S_ISREG(real.mode):
+        return real._replace(uid=container.owner.uid, gid=container.owner.gid)
+    return real
+
+
 class Listing:
     """An open directory. Keeps what was fetched and did not fit into the kernel's buffer."""
 
@@ -98,16 +105,19 @@ class Listing:
     async def _real(self, cookie: int) -> list[Listed]:
         """The next entries of the real directory; rows take precedence over real nodes of the same name."""
         container, base, directory = self.inode.container, self.inode.base, self.inode.path
-        assert container is not None and base is not None
+        above = self.inode.row
+        assert container is not None and base is not None and above is not None
         rows = self._table.children(base, directory)
         while True:
             entries, following = await container.list(base, directory, cookie)
             page = []
             for name, attr, after in entries:
-                row = rows.get(name, self.inode.row)
-                if row is not None and name in rows and row.mode is not None:
+                row = rows.get(name, above)
+                if name in rows and row.mode is not None:
                     attr = fixed_attr(row, container)
                     self._seen.add(name)
+                else:
+                    attr = shown_attr(row, container, attr)
                 page.append(Listed(name, attr, after, container, base, join(directory, name), row))
             # Everything on a page may have vanished meanwhile; a cookie that does not move would go round for ever.
             if page or following in (0, cookie):
@@ -150,7 +160,7 @@ class Listing:
                 continue  # the real directory has listed it, if it is there
             else:
                 try:
-                    attr = await container.getattr(base, path)
+                    attr = shown_attr(row, container, await container.getattr(base, path))
                 except NodeError:
                     continue
             found.append(Listed(name, attr, _ROWS + index, container, base, path, row))

@@ -87,6 +87,9 @@ class Row:
     """Kind and permissions of the node at ``path`` itself, owned by the host's root; None: as the real node's."""
     check: Check | None = None
     effect: Effect = Effect.NONE
+    rooted: bool = False
+    """Files belong to the container's root, whatever the real ones say: those that the kernel lets it write by a rule
+    of their own, while the view's files are judged by mode and owner (default_permissions)."""
     cache_s: float = 0.0
     """How long the kernel may take names and attributes for granted; 0 where they can go without our knowing."""
 
@@ -103,9 +106,16 @@ FOREVER_S = 3600.0
 """``cache_s`` of what cannot change while the container lives."""
 
 
-def real(path: bytes, *, mode: int | None = None, check: Check | None = None, cache_s: float = 0.0) -> Row:
+def real(
+    path: bytes,
+    *,
+    mode: int | None = None,
+    check: Check | None = None,
+    rooted: bool = False,
+    cache_s: float = 0.0,
+) -> Row:
     """The row of a node, and of all below it, that is read and written where it really is."""
-    return Row(path, REAL, mode=mode, check=check, effect=Effect.REAL, cache_s=cache_s)
+    return Row(path, REAL, mode=mode, check=check, effect=Effect.REAL, rooted=rooted, cache_s=cache_s)
 
 
 def text(path: bytes, source: Callable[[Owner, Host], bytes], mode: int = 0o444) -> Row:

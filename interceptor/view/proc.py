@@ -32,6 +32,8 @@ ROWS: tuple[Row, ...] = (
     text(b"swaps", constant(SWAPS_HEADER)),
     # Everything else in /proc/sys is the container's own, by its namespaces, or refused to it by the kernel.
     real(b"sys", mode=stat.S_IFDIR | 0o555, cache_s=1.0),
+    # Limits of the container's user namespace, writable with CAP_SYS_RESOURCE in it (set_permissions, kernel/ucount.c).
+    real(b"sys/user", rooted=True, cache_s=1.0),
     # Named after network devices, which come and go.
     real(b"sys/net/ipv4/conf"),
     real(b"sys/net/ipv4/neigh"),

@@ -46,6 +46,7 @@ class Op(IntEnum):
     READ = 3
     WRITE = 4
     READLINK = 5
+    OPEN = 6
 
 
 class Base(IntEnum):

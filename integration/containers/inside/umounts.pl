@@ -6,16 +6,15 @@
 #                             bind / recursively to PREFIX; unmount the copy of each PATH, with a look at all of them and
 #                             at BELOW after each; then umount_recursive on /sys and on /proc below PREFIX
 #   deny FLAGS PATH...        unmount each PATH with these flags and report the errno
-#   loop COUNT PATH           COUNT unmounts of a mount of one's own, and COUNT of PATH, which is refused
+#   loop COUNT PATH...        COUNT unmounts of a mount of one's own, and COUNT lazy ones of each PATH, to be refused
 #   new-proc PATH COUNT       mount procfs at PATH and unmount it again, COUNT times; the first one is looked at
 #   look PATH...              the filesystem type at each PATH
 use strict;
 use warnings;
-use Errno qw(ENOENT EINVAL);
 use POSIX ();
 
 my ($SYS_mount, $SYS_umount2) = (POSIX::uname())[4] eq 'aarch64' ? (40, 39) : (165, 166);
-my ($MS_BIND, $MS_REC, $UMOUNT_NOFOLLOW) = (0x1000, 0x4000, 8);
+my ($MS_BIND, $MS_REC, $MNT_DETACH, $UMOUNT_NOFOLLOW) = (0x1000, 0x4000, 2, 8);
 my $STORM = 2000;    # a walk that makes this many calls will not end
 my ($nosuid, $nodev, $noexec) = (2, 4, 8);
 
@@ -113,14 +112,16 @@ sub deny {
 }
 
 sub loop {
-    my ($count, $original) = @_;
+    my ($count, @originals) = @_;
     my $place = '/tmp/free';
     mkdir $place;
     my ($freed, $refused) = (0, 0);
     for (1 .. $count) {
         die "mount tmpfs: $!" if mount_call('free', $place, 'tmpfs', 0);
         $freed++ if umount2($place, 0) == 0;
-        $refused++ if umount2($original, $UMOUNT_NOFOLLOW) == EINVAL;
+        for my $original (@originals) {
+            $refused++ if umount2($original, $MNT_DETACH);
+        }
     }
     say_record('loop', $freed, $refused);
 }
