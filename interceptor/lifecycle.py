@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -16,7 +17,7 @@ from interceptor.config import Config
 from interceptor.containers.registry import Container, Registry, baseline_of, to_record
 from interceptor.containers.setup import Builder, Site
 from interceptor.containers.spec import Bundle, host_id_of_root, read_bundle
-from interceptor.errors import ContainerError, InterceptorError
+from interceptor.errors import ContainerError, InterceptorError, SyscallError
 from interceptor.guards.journal import Journal
 from interceptor.guards.keeper import Forked, Keeper
 from interceptor.guards.link import Answer, Ask, adopt
@@ -172,7 +173,9 @@ class Lifecycle:
             )
             try:
                 template = mount.clone_mount(mount.AT_FDCWD, place)
-            except FileNotFoundError:
+            except SyscallError as error:
+                if error.errno != errno.ENOENT:
+                    raise
                 continue  # the machine has no such node: /sys/module/nf_conntrack without the module
             mount.mount_setattr(template, set_=HARDENED)
             templates[fstype, path] = template

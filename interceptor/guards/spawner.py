@@ -208,14 +208,17 @@ class Keeper:
             if message is None:
                 self._client_left(client)
                 return
-            reply, reply_fds = getattr(self, "order_" + str(message["op"]))(message, fds)
-            send_packet(client, {"ok": True, **reply}, reply_fds)
-        except ConnectionError:
+            try:
+                reply, reply_fds = getattr(self, "order_" + str(message["op"]))(message, fds)
+            except Exception as error:  # one bad order must not end what keeps every container guarded
+                reply, reply_fds = {"error": f"{type(error).__name__}: {error}"}, []
+            send_packet(client, {"ok": "error" not in reply, **reply}, reply_fds)
+        except (OSError, ValueError):
+            # A daemon that was killed: its connection is reset, or its half of an order is all there is.
             self._client_left(client)
-        except Exception as error:  # one bad order must not end what keeps every container guarded
-            send_packet(client, {"ok": False, "error": f"{type(error).__name__}: {error}"})
-        for fd in fds:
-            os.close(fd)
+        finally:
+            for fd in fds:
+                os.close(fd)
 
     def order_hello(self, _message: Any, _fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         """What a daemon starts with: the workshop's namespace, the welder's and the view's sockets."""

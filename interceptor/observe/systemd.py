@@ -23,8 +23,12 @@ def notify(*assignments: str, fds: Sequence[int] = ()) -> bool:
         address = "\0" + address[1:]
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as manager:
-        manager.connect(address)
-        manager.sendmsg(["\n".join(assignments).encode()], ancillary)
+        try:
+            manager.connect(address)
+            manager.sendmsg(["\n".join(assignments).encode()], ancillary)
+        except OSError:
+            # A manager that does not listen any more is no reason to fail: what we say is for its comfort.
+            return False
     return True
 
 
