@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from interceptor.errors import ContainerError, SyscallError
 from interceptor.kernel import mount, process, stat
 from interceptor.kernel.fd import OwnedFd
-from interceptor.kernel.flags import MountAttr, ResolveFlag, UmountFlag
+from interceptor.kernel.flags import MountAttr, MountFlag, MoveMountFlag, ResolveFlag, UmountFlag
 from interceptor.kernel.namespaces import visiting
 from interceptor.kernel.stat import MountStat
 from interceptor.mounts.composite import Composer, Material
@@ -27,6 +27,11 @@ PROTECTED = (
     | MountAttr.MOUNT_ATTR_NOSUID
     | MountAttr.MOUNT_ATTR_NODEV
     | MountAttr.MOUNT_ATTR_NOEXEC
+)
+_SAME_GROUP = (
+    MoveMountFlag.MOVE_MOUNT_SET_GROUP
+    | MoveMountFlag.MOVE_MOUNT_F_EMPTY_PATH
+    | MoveMountFlag.MOVE_MOUNT_T_EMPTY_PATH
 )
 _NO_LINKS = ResolveFlag.RESOLVE_NO_SYMLINKS | ResolveFlag.RESOLVE_NO_MAGICLINKS
 
@@ -78,22 +83,21 @@ class _Piece:
 
     node: Node[MountStat]
     tree: OwnedFd
-    whole: bool
-    """Cloned with everything below it, because some of that is locked already."""
+    original: OwnedFd
+    """The root of the mount itself."""
 
 
 def _clone_pieces(site: Site, node: Node[MountStat]) -> list[_Piece]:
     """Clones of the mounts of a tree, parents first. Runs in the visiting thread."""
-    with _open_exactly(node.mount) as fd:
-        try:
-            pieces = [_Piece(node, mount.clone_mount(fd), whole=False)]
-        except SyscallError:
-            if is_base(node.mount):
-                # Covered by locked mounts already, so no bare clone can be had; see `_bare_base`.
-                pieces = [_Piece(node, mount.clone_mount(fd, recursive=True), whole=False)]
-            else:
-                # What came locked from the host stays with its parent.
-                return [_Piece(node, mount.clone_mount(fd, recursive=True), whole=True)]
+    fd = _open_exactly(node.mount)
+    try:
+        tree = mount.clone_mount(fd)
+    except SyscallError:
+        # Something on it came locked from the host, and stays with it. A base's place is taken by a bare clone.
+        tree = mount.clone_mount(fd, recursive=True)
+        if not is_base(node.mount):
+            return [_Piece(node, tree, fd)]
+    pieces = [_Piece(node, tree, fd)]
     for child in node.children:
         pieces.extend(_clone_pieces(site, child))
     return pieces
@@ -208,9 +212,14 @@ class Builder:
             return None
         if readonly:
             mount.mount_setattr(piece.tree, set_=MountAttr.MOUNT_ATTR_RDONLY)
-        if readonly or found.attributes & PROTECTED:
-            return self._composer.weld(piece.tree)
-        return piece.tree
+        if not (readonly or found.attributes & PROTECTED):
+            return piece.tree
+        welded = self._composer.weld(piece.tree)
+        if found.peer_group or found.master:
+            # The weld made it a slave at most; what it shared mounts with before, it goes on sharing with (5.15+).
+            mount.mount_setattr(welded, propagation=MountFlag.MS_PRIVATE)
+            mount.move_mount(piece.original, b"", welded, b"", _SAME_GROUP)
+        return welded
 
     def _is_planned(self, piece: _Piece) -> bool:
         """Whether the runtime mounted something where the plan has a cover: the cover is enough."""
