@@ -128,4 +128,3 @@ def _text(request: dict[str, object], key: str) -> str:
     if not isinstance(value, str):
         raise ProtocolError(f"{key!r} is missing")
     return value
-

@@ -28,7 +28,7 @@ from interceptor.kernel.namespaces import open_namespace
 from interceptor.kernel.process import pidfd_open
 from interceptor.mounts.composite import HARDENED, Composer, Material, Shields
 from interceptor.mounts.managed import VIEW_PROC, VIEW_SYS, make_plan
-from interceptor.mounts.weld import Bench, Welder
+from interceptor.mounts.weld import Bench, Kept, Shelf, Welder
 from interceptor.observe.log import get_logger
 from interceptor.oci.state import ContainerProcessState, State
 from interceptor.verdicts import Answerer
@@ -100,13 +100,13 @@ class Lifecycle:
             mntns, stat.mount_namespace_id(mntns), self._keeper.namespace, b"/" if late else bundle.root
         )
         plan = make_plan(bundle.masked, bundle.readonly)
-        material = Material(plan, {})
+        material = Material(plan, Shelf.create(self._shelf_path(state.id)))
         builder = Builder(self._composer, material, site, netns)
         tree = builder.survey()
         bare = builder.take_bare_clones(tree)
-        envoy = self._start_envoy(state, userns, netns, bare, uid, gid, created_ns)
+        envoy = self._start_envoy(state, userns, netns, bare, material, uid, gid, created_ns)
         try:
-            material.view = self._view_templates(state.id)
+            self._keep_view(state.id, material)
             if late:
                 builder.rebuild_in_place(tree)
             else:
@@ -140,7 +140,8 @@ class Lifecycle:
         state: State,
         userns: OwnedFd,
         netns: OwnedFd,
-        bare: dict[bytes, OwnedFd],
+        bare: dict[bytes, Kept],
+        material: Material,
         uid: int,
         gid: int,
         created_ns: int,
@@ -148,38 +149,45 @@ class Lifecycle:
         """The envoy and the container's subtree of the view, which asks it."""
         if b"proc" not in bare:
             with open_namespace(state.pid, "pid") as pid_namespace:
-                bare[b"proc"] = mount.fresh_mount(b"proc", {}, pid_namespace=pid_namespace)
+                bare[b"proc"] = material.shelf.put(
+                    mount.fresh_mount(b"proc", {}, pid_namespace=pid_namespace)
+                )
         if b"sysfs" not in bare:
-            bare[b"sysfs"] = mount.fresh_mount(b"sysfs", {}, network_namespace=netns)
+            bare[b"sysfs"] = material.shelf.put(mount.fresh_mount(b"sysfs", {}, network_namespace=netns))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ours, theirs, open_namespace(state.pid, "ipc") as ipc, open_namespace(state.pid, "uts") as uts:
+        with (
+            ours,
+            theirs,
+            open_namespace(state.pid, "ipc") as ipc,
+            open_namespace(state.pid, "uts") as uts,
+            bare[b"proc"].open() as proc,
+            bare[b"sysfs"].open() as sys_,
+        ):
             joined = [userns.fileno(), netns.fileno(), ipc.fileno(), uts.fileno()]
-            proc, sys_ = bare[b"proc"].fileno(), bare[b"sysfs"].fileno()
-            forked = self._keeper.fork_envoy(theirs.fileno(), proc, sys_, joined)
+            forked = self._keeper.fork_envoy(theirs.fileno(), proc.fileno(), sys_.fileno(), joined)
             try:
                 self._view.add(state.id, uid, gid, created_ns, ours.fileno())
             except InterceptorError:
                 _kill(forked.pidfd)
                 raise
-        for tree in bare.values():
-            tree.close()
         return forked
 
-    def _view_templates(self, cid: str) -> dict[tuple[bytes, bytes], OwnedFd]:
-        templates = {}
+    def _shelf_path(self, cid: str) -> str:
+        return os.path.join(self._keeper.workshop_root, "shelf", cid)
+
+    def _keep_view(self, cid: str, material: Material) -> None:
         for fstype, path in _VIEW_PATHS:
             place = os.path.join(
                 self._view_root, cid, "proc" if fstype == b"proc" else "sys", os.fsdecode(path)
             )
             try:
-                template = mount.clone_mount(mount.AT_FDCWD, place)
+                part = mount.clone_mount(mount.AT_FDCWD, place)
             except SyscallError as error:
                 if error.errno != errno.ENOENT:
                     raise
                 continue  # the machine has no such node: /sys/module/nf_conntrack without the module
-            mount.mount_setattr(template, set_=HARDENED)
-            templates[fstype, path] = template
-        return templates
+            mount.mount_setattr(part, set_=HARDENED)
+            material.view[fstype, path] = material.shelf.put(part)
 
     def _end_envoy(self, cid: str, pidfd: OwnedFd) -> None:
         _kill(pidfd)
@@ -272,14 +280,13 @@ class Lifecycle:
         container.guard_pid = supervisor.pid
         material = container.material
         fds = [container.pidfd, container.userns, container.netns, supervisor.journal.fd]
-        views, bares = list(material.view.items()), list(material.bare.items())[:2]
         record = to_record(container) | {
-            "views": [[key[0].decode(), key[1].decode()] for key, _ in views],
-            "bares": [list(dev) for dev, _ in bares],
+            "views": [[*(k.decode() for k in key), kept.name] for key, kept in material.view.items()],
+            "bares": [[*dev, kept.name] for dev, kept in material.bare.items()],
             "envoy": container.envoy_pidfd is not None,
             "guard": supervisor.link is not None,
         }
-        numbers = [fd.fileno() for fd in [*fds, *(t for _, t in views), *(t for _, t in bares)]]
+        numbers = [fd.fileno() for fd in fds]
         if container.envoy_pidfd is not None:
             numbers.append(container.envoy_pidfd.fileno())
         if supervisor.link is not None and supervisor.pidfd is not None:
@@ -294,13 +301,19 @@ class Lifecycle:
                     self._adopt(*self._keeper.fetch(key))
                 except (InterceptorError, OSError, KeyError, ValueError) as error:
                     self._log.error("a container could not be taken over", key=key, error=repr(error))
+        # What ended while no daemon was there left its material behind.
+        shelves = os.path.join(self._keeper.workshop_root, "shelf")
+        for name in os.listdir(shelves):
+            if self._registry.get(name) is None:
+                Shelf(os.path.join(shelves, name)).clear()
 
     def _adopt(self, record: dict[str, Any], fds: list[OwnedFd]) -> None:
         queue = list(fds)
         pidfd, userns, netns, journal = (queue.pop(0) for _ in range(4))
         baseline = baseline_of(record)
-        view = {(a.encode(), b.encode()): queue.pop(0) for a, b in record["views"]}
-        bare = OrderedDict(((d[0], d[1]), queue.pop(0)) for d in record["bares"])
+        material = Material(baseline.plan, Shelf(self._shelf_path(record["cid"])))
+        material.view = {(a.encode(), b.encode()): material.shelf.get(name) for a, b, name in record["views"]}
+        material.bare = OrderedDict(((a, b), material.shelf.get(name)) for a, b, name in record["bares"])
         container = Container(
             cid=record["cid"],
             pid=record["pid"],
@@ -311,7 +324,7 @@ class Lifecycle:
             pidfd=pidfd,
             userns=userns,
             netns=netns,
-            material=Material(baseline.plan, view, bare),
+            material=material,
             baseline=baseline,
             envoy_pid=record["envoy_pid"],
             envoy_pidfd=queue.pop(0) if record["envoy"] else None,
@@ -424,4 +437,3 @@ def _require_alive(pidfd: OwnedFd, state: State) -> None:
     """Afterwards everything that was opened by PID is known to be this process's."""
     if select.select([pidfd], [], [], 0)[0]:
         raise ContainerError(f"process {state.pid} of container {state.id} ended while it was set up")
-

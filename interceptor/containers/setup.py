@@ -21,6 +21,7 @@ from interceptor.mounts.composite import Composer, Material
 from interceptor.mounts.lineage import Baseline, MountClass, Recorded, is_base, path_in_fs, welded_to
 from interceptor.mounts.managed import BASE_TYPES, Plan
 from interceptor.mounts.tree import Node, chain_to_root, visible_tree
+from interceptor.mounts.weld import Kept
 
 PROTECTED = (
     MountAttr.MOUNT_ATTR_RDONLY
@@ -122,17 +123,18 @@ class Builder:
         self._parents = {c.mount.mnt_id: n.mount for n in _walk(tree) for c in n.children}
         return tree
 
-    def take_bare_clones(self, tree: Node[MountStat]) -> dict[bytes, OwnedFd]:
+    def take_bare_clones(self, tree: Node[MountStat]) -> dict[bytes, Kept]:
         """Bare clones of the first procfs and sysfs base, for the workshop and for the envoy."""
-        found: dict[bytes, OwnedFd] = {}
+        found: dict[bytes, Kept] = {}
         for node in _walk(tree):
             fstype = node.mount.fstype
             if is_base(node.mount) and fstype not in found:
                 found[fstype] = self._bare_base(node.mount)
-                self._material.keep_bare(node.mount.dev, found[fstype].dup())
         return found
 
-    def _bare_base(self, base: MountStat) -> OwnedFd:
+    def _bare_base(self, base: MountStat) -> Kept:
+        if base.dev in self._material.bare:
+            return self._material.bare[base.dev]
         tree: OwnedFd | None = None
         with visiting(self._site.namespace, self._site.home), _open_exactly(base) as fd:
             try:
@@ -140,10 +142,10 @@ class Builder:
             except SyscallError:
                 if base.fstype != b"sysfs":
                     raise
-        if tree is not None:
-            return self._composer.bench.our_own(tree)
-        # A bind of the host's sysfs comes with locked mounts on it; a fresh one of that network namespace is the same.
-        return mount.fresh_mount(b"sysfs", {}, network_namespace=self._network)
+        if tree is None:
+            # A bind of the host's sysfs comes with locked mounts on it; a fresh one of that network namespace is alike.
+            tree = mount.fresh_mount(b"sysfs", {}, network_namespace=self._network)
+        return self._material.keep_bare(base.dev, tree)
 
     def rebuild_whole(self, tree: Node[MountStat], root_readonly: bool) -> None:
         """Replaces everything at the container's root in one step; nothing of the container runs yet."""
@@ -180,7 +182,7 @@ class Builder:
         trees = [self._weld_piece(p, root_readonly and p is pieces[0]) for p in pieces]
         flags = ResolveFlag.RESOLVE_IN_ROOT | _NO_LINKS
         assert trees[0] is not None
-        with trees[0], self._composer.bench.attached(trees[0]) as place:
+        with self._composer.bench.holding(trees[0]) as place:
             for piece, tree in zip(pieces[1:], trees[1:], strict=True):
                 if tree is None:
                     continue
@@ -196,17 +198,15 @@ class Builder:
     def _weld_piece(self, piece: _Piece, readonly: bool) -> OwnedFd | None:
         found = piece.node.mount
         if is_base(found):
-            with piece.tree:
-                bare = self._material.bare.get(found.dev) or self._bare_base(found)
-                base = mount.clone_mount(bare)
-                attributes = found.attributes & PROTECTED
-                if attributes:
-                    mount.mount_setattr(base, set_=attributes)
-                covers = self._material.plan.of(found.fstype)
-                self._composer.cover(base, b"", found.fstype, self._material, covers, bare)
-                if attributes & MountAttr.MOUNT_ATTR_RDONLY:
-                    mount.mount_setattr(base, set_=MountAttr.MOUNT_ATTR_RDONLY, recursive=True)
-                return self._composer.weld(base)
+            piece.tree.close()
+            bare = self._bare_base(found)
+            base = bare.clone()
+            mount.mount_setattr(base, set_=found.attributes & PROTECTED)
+            covers = self._material.plan.of(found.fstype)
+            readonly = bool(found.attributes & MountAttr.MOUNT_ATTR_RDONLY)
+            return self._composer.composite(
+                base, b"", found.fstype, self._material, covers, bare, readonly=readonly
+            )
         if self._is_planned(piece):
             piece.tree.close()
             return None

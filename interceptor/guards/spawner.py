@@ -52,7 +52,7 @@ class Workshop:
         # Slave: what the host unmounts goes here too, so nothing of it is kept busy; nothing of ours goes out.
         _mount(b"none", "/", None, MS_REC | MS_SLAVE)
         _mount(b"interceptor", self.root, b"tmpfs", 2 | 4 | 8, b"mode=0700")
-        for name in ("weld", "view", "shield", "bench"):
+        for name in ("weld", "view", "shield", "bench", "shelf"):
             os.mkdir(os.path.join(self.root, name), 0o755)
         self._make_shields()
         weld = os.path.join(self.root, "weld")

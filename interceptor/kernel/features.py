@@ -72,16 +72,6 @@ def _detached() -> tuple[OwnedFd, OwnedFd]:
     return mount.new_mount(b"tmpfs", {}), mount.new_mount(b"tmpfs", {})
 
 
-def _attach_to_detached() -> None:
-    base, other = _detached()
-    mount.attach(other, base)
-
-
-def _clone_detached() -> None:
-    base, _ = _detached()
-    mount.clone_mount(base).close()
-
-
 def _beneath() -> None:
     lower, upper = _detached()
     mount.attach(upper, mount.AT_FDCWD, b"/proc")
@@ -130,14 +120,6 @@ _PROBES: tuple[tuple[str, str, bool, str, Callable[[], None]], ...] = (
         _statmount_elsewhere,
     ),
     ("move_mount beneath", "6.5", False, "a base is replaced without a gap", _beneath),
-    (
-        "move_mount onto a detached tree",
-        "6.15",
-        True,
-        "composites are never visible half made",
-        _attach_to_detached,
-    ),
-    ("open_tree of a detached tree", "6.15", True, "composites are cloned from templates", _clone_detached),
 )
 
 

@@ -15,7 +15,7 @@ from interceptor.kernel.fd import OwnedFd
 from interceptor.kernel.flags import MOUNT_ATTR__ATIME, MountAttr, ResolveFlag
 from interceptor.mounts.arguments import NewMount, atime_attributes, options, simple_attributes
 from interceptor.mounts.managed import ANCHOR, Cover, Covered, Plan
-from interceptor.mounts.weld import Bench, Welder
+from interceptor.mounts.weld import Bench, Kept, Shelf, Welder
 
 HARDENED = MountAttr.MOUNT_ATTR_NOSUID | MountAttr.MOUNT_ATTR_NODEV | MountAttr.MOUNT_ATTR_NOEXEC
 _O_PATH = os.O_PATH | os.O_NOFOLLOW
@@ -29,17 +29,13 @@ class Shields:
     """The workshop's inert mounts: empty, read-only, made once."""
 
     def __init__(self, workshop_root: str) -> None:
-        root = os.path.join(workshop_root, "shield")
-        self._trees = {
-            name: mount.clone_mount(mount.AT_FDCWD, os.path.join(root, name))
-            for name in ("shield", "shield-file", "masked", "masked-file")
-        }
-        self.dev = stat.statx(self._trees["shield"]).dev
+        self._root = Kept(os.path.join(workshop_root, "shield"))
+        self.dev = stat.statx(mount.AT_FDCWD, self._root.path).dev
 
     def clone(self, cover: Cover, directory: bool) -> OwnedFd:
         """A detached mount to put over a directory or a file."""
-        name = ("shield" if cover is Cover.SHIELD else "masked") + ("" if directory else "-file")
-        return mount.clone_mount(self._trees[name])
+        name = (b"shield" if cover is Cover.SHIELD else b"masked") + (b"" if directory else b"-file")
+        return self._root.clone(name)
 
 
 @dataclass
@@ -47,27 +43,28 @@ class Material:
     """What the composites of one container are made of: the view's parts, and bare clones of bases by device."""
 
     plan: Plan
-    view: dict[tuple[bytes, bytes], OwnedFd]
-    """Templates of the view's submounts by (filesystem type, path): detached, cloned for each composite."""
-    bare: OrderedDict[tuple[int, int], OwnedFd] = field(default_factory=OrderedDict)
+    shelf: Shelf
+    view: dict[tuple[bytes, bytes], Kept] = field(default_factory=dict)
+    """The view's submounts by (filesystem type, path): cloned for each composite."""
+    bare: OrderedDict[tuple[int, int], Kept] = field(default_factory=OrderedDict)
 
-    def keep_bare(self, dev: tuple[int, int], tree: OwnedFd) -> None:
-        """Remembers a bare clone; the oldest goes when there are too many (a container can ask for any number).
+    def keep_bare(self, dev: tuple[int, int], tree: OwnedFd) -> Kept:
+        """Keeps a bare clone; the oldest goes when there are too many (a container can ask for any number).
 
         The first two are the originals' (containers/setup.py), which are never let go.
         """
         if dev in self.bare:
             tree.close()
-            return
-        self.bare[dev] = tree
+            return self.bare[dev]
+        kept = self.bare[dev] = self.shelf.put(tree)
         if len(self.bare) > BARE_MAX:
-            self.bare.pop(list(self.bare)[2]).close()
+            self.shelf.drop(self.bare.pop(list(self.bare)[2]))
+        return kept
 
     def close(self) -> None:
-        for tree in [*self.view.values(), *self.bare.values()]:
-            tree.close()
         self.view.clear()
         self.bare.clear()
+        self.shelf.clear()
 
 
 class Composer:
@@ -82,57 +79,65 @@ class Composer:
         """See `Welder.weld`."""
         return self._welder.weld(tree)
 
-    def cover(
+    def composite(
         self,
         tree: OwnedFd,
         inside: bytes,
         fstype: bytes,
         material: Material,
         covers: Iterable[Covered],
-        bare: OwnedFd,
-    ) -> None:
-        """Puts covers on a detached, bare tree whose root is ``inside`` its filesystem (empty: the filesystem's root).
+        bare: Kept,
+        *,
+        readonly: bool = False,
+    ) -> OwnedFd:
+        """A welded composite of a bare tree, whose root is ``inside`` its filesystem (empty: the filesystem's root).
 
-        Paths that the tree does not have are passed over. A procfs that has none of them (subset=pid) is anchored.
+        The tree is used up. Paths that it does not have are passed over. A procfs that has none of them (subset=pid)
+        is anchored.
         """
-        covered_any = False
-        for covered in covers:
-            if not _is_below(covered.path, inside):
-                continue
-            try:
-                target = process.openat2(tree, _below(covered.path, inside), _O_PATH, _INSIDE)
-            except SyscallError as error:
-                if error.errno in _ABSENT:
-                    continue
-                raise
-            with target, self._cover_tree(covered, target, fstype, material, bare) as cover:
-                mount.attach(cover, target)
-            covered_any = True
-        if fstype == b"proc" and not inside and not covered_any:
-            self._anchor(tree)
+        with self.bench.holding(tree) as place, OwnedFd(os.open(place, os.O_PATH | os.O_CLOEXEC)) as root:
+            covered = [
+                c
+                for c in covers
+                if _is_below(c.path, inside)
+                and self._cover(root, _below(c.path, inside), c, fstype, material, bare)
+            ]
+            if fstype == b"proc" and not inside and not covered:
+                _anchor(root)
+            if readonly:
+                mount.mount_setattr(root, set_=MountAttr.MOUNT_ATTR_RDONLY, recursive=True)
+            root.close()
+            return self._welder.weld(place)
+
+    def _cover(
+        self, root: OwnedFd, path: bytes, covered: Covered, fstype: bytes, material: Material, bare: Kept
+    ) -> bool:
+        try:
+            target = process.openat2(root, path, _O_PATH, _INSIDE)
+        except SyscallError as error:
+            if error.errno in _ABSENT:
+                return False
+            raise
+        with target, self._cover_tree(covered, target, fstype, material, bare) as tree:
+            mount.attach(tree, target)
+        return True
 
     def _cover_tree(
-        self, covered: Covered, target: OwnedFd, fstype: bytes, material: Material, bare: OwnedFd
+        self, covered: Covered, target: OwnedFd, fstype: bytes, material: Material, bare: Kept
     ) -> OwnedFd:
+        readonly = covered.cover is Cover.READONLY or covered.readonly
         if covered.cover is Cover.VIEW:
-            tree = mount.clone_mount(material.view[fstype, covered.path])
+            # Hardened already, on the shelf.
+            tree = material.view[fstype, covered.path].clone()
+            if readonly:
+                mount.mount_setattr(tree, set_=MountAttr.MOUNT_ATTR_RDONLY)
         elif covered.cover is Cover.READONLY:
-            tree = _subtree(bare, covered.path)
+            tree = bare.clone(covered.path)
+            mount.mount_setattr(tree, set_=HARDENED | MountAttr.MOUNT_ATTR_RDONLY)
         else:
             directory = stat_module.S_ISDIR(stat.statx(target).mode)
-            return self.shields.clone(covered.cover, directory)
-        readonly = covered.cover is Cover.READONLY or covered.readonly
-        mount.mount_setattr(tree, set_=HARDENED | (MountAttr.MOUNT_ATTR_RDONLY if readonly else 0))
+            tree = self.shields.clone(covered.cover, directory)
         return tree
-
-    @staticmethod
-    def _anchor(base: OwnedFd) -> None:
-        """`self` covered by itself: see `interceptor.mounts.managed.ANCHOR`."""
-        with (
-            mount.clone_mount(base, ANCHOR) as tree,
-            process.openat2(base, ANCHOR, _O_PATH) as target,
-        ):
-            mount.attach(tree, target)
 
     def fresh(
         self, new: NewMount, material: Material, pid_namespace: OwnedFd, network_namespace: OwnedFd
@@ -145,10 +150,9 @@ class Composer:
             pid_namespace=pid_namespace if new.fstype == b"proc" else None,
             network_namespace=network_namespace if new.fstype == b"sysfs" else None,
         )
-        bare = mount.clone_mount(base)
-        self.cover(base, b"", new.fstype, material, material.plan.of(new.fstype), bare)
-        material.keep_bare(stat.statx(bare).dev, bare)
-        welded = self.weld(base)
+        bare = material.keep_bare(stat.statx(base).dev, base)
+        covers = material.plan.of(new.fstype)
+        welded = self.composite(bare.clone(), b"", new.fstype, material, covers, bare)
         # Set after the weld, so that the container can clear again what it asked for itself.
         attributes = simple_attributes(new.flags)
         if attributes:
@@ -165,25 +169,21 @@ class Composer:
         bare = material.bare.get(base.dev)
         if bare is None:
             return None
-        fstype = base.fstype
         inside = base.root.strip(b"/")
-        tree = _subtree(bare, inside) if inside else mount.clone_mount(bare)
+        tree = bare.clone(inside)
+        mount.mount_setattr(tree, set_=base.attributes, clear=MOUNT_ATTR__ATIME)
         covers = [
             Covered(c.path, Cover.SHIELD, c.readonly) if shielded.get(c.path) else c
-            for c in material.plan.of(fstype)
+            for c in material.plan.of(base.fstype)
             if not _hidden(c.path, shielded)
         ]
-        self.cover(tree, inside, fstype, material, covers, bare)
-        simple = base.attributes & ~MOUNT_ATTR__ATIME
-        mount.mount_setattr(
-            tree, set_=simple | (base.attributes & MOUNT_ATTR__ATIME), clear=MOUNT_ATTR__ATIME
-        )
-        return self.weld(tree)
+        return self.composite(tree, inside, base.fstype, material, covers, bare)
 
 
-def _subtree(bare: OwnedFd, path: bytes) -> OwnedFd:
-    with process.openat2(bare, path, _O_PATH, _INSIDE) as at:
-        return mount.clone_mount(at)
+def _anchor(root: OwnedFd) -> None:
+    """`self` covered by itself: see `interceptor.mounts.managed.ANCHOR`."""
+    with mount.clone_mount(root, ANCHOR) as tree, process.openat2(root, ANCHOR, _O_PATH) as target:
+        mount.attach(tree, target)
 
 
 def _is_below(path: bytes, inside: bytes) -> bool:

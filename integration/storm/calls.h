@@ -1,0 +1,35 @@
+/* Timed mount(2) and umount2(2) calls: the same code for every contestant. */
+#ifndef STORM_CALLS_H
+#define STORM_CALLS_H
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum { STEPS_MAX = 128, WORD_MAX = 256, COUNT_MAX = 1000000 };
+
+enum call { CALL_MOUNT, CALL_UMOUNT2 };
+
+/* One call, and the errno that it must have; anything else ends the run. */
+struct step {
+	enum call call;
+	char source[WORD_MAX], target[WORD_MAX], type[WORD_MAX];   /* empty: NULL */
+	unsigned long flags;
+	int expected;
+};
+
+struct plan {
+	unsigned int count, steps;
+	struct step step[STEPS_MAX];
+};
+
+/* One line, "mount SOURCE TARGET TYPE FLAGS ERRNO" or "umount2 TARGET FLAGS ERRNO", "-" for NULL. */
+bool parse_step(const char *line, struct step *out);
+
+/* Runs the steps in turn, `count` times, and writes the nanoseconds of each call to samples[count * steps].
+ * Returns NULL, or what went wrong. */
+const char *run_plan(const struct plan *plan, uint32_t *samples);
+
+/* Answers plans that come over a SOCK_SEQPACKET socket until its end of file; returns an exit status. */
+int serve_plans(int sock);
+
+#endif

@@ -1,0 +1,50 @@
+"""Turns: each contestant runs a workload for a while, round after round."""
+
+from __future__ import annotations
+
+import array
+from collections.abc import Callable, Sequence
+
+from integration.storm.contestants import Contestant
+from integration.storm.workloads import DENIED, FREE, Workload
+
+#: Nanoseconds, a list a round, by (figure, contestant, mounts in the table).
+Key = tuple[str, str, int]
+Samples = dict[Key, list["array.array[int]"]]
+
+
+def takes_part(contestant: Contestant, workload: Workload) -> bool:
+    """Whether the workload means something to that contestant."""
+    if contestant.guarded:
+        return True
+    if workload.guarded:
+        return False
+    if not contestant.floor:
+        return True
+    # Pairs must succeed, and there is one floor that lets them; what is denied needs one that denies.
+    return workload is (FREE if contestant.name == "floor_continue" else DENIED)
+
+
+def play(
+    contestants: Sequence[Contestant],
+    workloads: Sequence[Workload],
+    rounds: int,
+    told: Callable[[str], None] = lambda _text: None,
+) -> Samples:
+    """All workloads, ``rounds`` times each, contestants in turn, after one round that does not count.
+
+    The order of the contestants is turned around from round to round. ``told`` hears what is being done.
+    """
+    samples: Samples = {}
+    for workload in workloads:
+        told(workload.name)
+        taking_part = [c for c in contestants if takes_part(c, workload)]
+        for number in range(rounds + 1):
+            for contestant in taking_part if number % 2 else taking_part[::-1]:
+                measured = contestant.caller.run(workload, workload.turn)
+                if number == 0:
+                    continue
+                for figure, nanoseconds in measured.items():
+                    key = (figure, contestant.name, contestant.mounts)
+                    samples.setdefault(key, []).append(nanoseconds)
+    return samples
