@@ -1,0 +1,81 @@
+"""Without WAIT_KILLABLE_RECV a signal breaks a trapped call off, and it is notified again: it must count once (I6)."""
+
+from __future__ import annotations
+
+import errno
+import signal
+
+import pytest
+
+from interceptor.library import Interceptor
+from tests import guarded as inside
+from tests.robust import support
+from tests.robust.support import COPY, MNT_DETACH, MS_BIND, NEW, Truth, stack_at
+
+pytestmark = [pytest.mark.root, pytest.mark.slow]
+
+#: Handled calls of each run.
+CALLS = 2000
+
+#: Seconds between two signals: about as long as a handled call takes, so that they hit any part of one.
+INTERVAL = 0.001
+
+
+def _under_signals(restart: bool, calls: int) -> Truth:
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.siginterrupt(signal.SIGALRM, not restart)
+    truth = Truth()
+    truth.prepare()
+    before, originals = support.table(), inside.originals()
+    signal.setitimer(signal.ITIMER_REAL, INTERVAL, INTERVAL)
+    try:
+        while truth.calls < calls and len(truth.wrong) < 20:
+            truth.new()
+            truth.bind()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    if support.table() != before:
+        truth.wrong.append(f"the mount table differs: {set(support.table()) ^ set(before)}")
+    if inside.originals() != originals:
+        truth.wrong.append("the originals are not the same")
+    truth.note = support.nothing
+    return truth
+
+
+@pytest.mark.parametrize("restart", [True, False], ids=["SA_RESTART", "EINTR"])
+def test_a_call_under_a_storm_of_signals_counts_once(daemon: Interceptor, restart: bool) -> None:
+    with daemon.spawn(wait_killable=False) as child:
+        truth = child.run(_under_signals, restart, CALLS, timeout=120).value
+        assert isinstance(truth, Truth)
+        stats = daemon.request("stats", id=child.cid)
+        print(f"{truth.calls} calls, {truth.interrupted} of them EINTR, {stats['lost']} replies came too late")
+        assert truth.wrong == []
+        assert truth.calls >= CALLS
+        # It was tried.
+        assert stats["lost"] > 10
+        assert (truth.interrupted > 0) is not restart
+
+
+def _stacks(depth: int) -> tuple[list[int], int]:
+    """Mounts on top of each other with the same call: results, and how many are there."""
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.siginterrupt(signal.SIGALRM, False)
+    Truth().prepare()
+    signal.setitimer(signal.ITIMER_REAL, INTERVAL, INTERVAL)
+    results = [inside.try_mount(b"x", NEW, b"proc") for _ in range(depth)]
+    results += [inside.try_mount(b"/proc", COPY, None, MS_BIND) for _ in range(depth)]
+    there = len(stack_at(NEW)) + len(stack_at(COPY))
+    results += [inside.try_umount(NEW, MNT_DETACH) for _ in range(depth)]
+    results += [inside.try_umount(COPY, MNT_DETACH) for _ in range(depth)]
+    # Nothing is left of what was made once for each call.
+    results += [0 if inside.try_umount(point) == errno.EINVAL else -1 for point in (NEW, COPY)]
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return results, there
+
+
+def test_equal_calls_one_after_the_other_count_each(daemon: Interceptor) -> None:
+    """The restart of a call must not be mistaken for the next one, which looks the same."""
+    depth = 40
+    with daemon.spawn(wait_killable=False) as child:
+        for _ in range(4):
+            assert child.call(_stacks, depth) == ([0] * (4 * depth + 2), 2 * depth)
