@@ -30,7 +30,7 @@ def show(name: str, lower: Path, directory: Path, say: Say) -> dict[str, Any]:
             say(f"the storm has begun; counting for {SECONDS:.0f} s")
             before = agent.counts.faked.copy()
             begin = time.monotonic()
-            time.sleep(SECONDS)  # the length of the measurement, not a wait for anything
+            time.sleep(SECONDS)  # sleep: the length of the measurement, not a wait for anything
             elapsed = time.monotonic() - begin
             faked = agent.counts.faked - before
             for unit, count in faked.most_common():

@@ -276,6 +276,7 @@ class Keeper:
 
 
 def main(argv: list[str]) -> int:
+    """The keeper's process, until it is told to quit or keeps nothing any more."""
     runtime_dir, ready_fd, log_level = argv[1], int(argv[2]), argv[3]
     # Nobody waits for guards and envoys: the daemon watches them by pidfd.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)

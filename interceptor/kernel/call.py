@@ -24,6 +24,7 @@ def owned(result: int, name: str, *arguments: object) -> OwnedFd:
 
 
 def show(argument: object) -> str:
+    """An argument as errors show it."""
     if isinstance(argument, bytes):
         return '"' + argument.decode("utf-8", "backslashreplace") + '"'
     if isinstance(argument, OwnedFd):
@@ -42,4 +43,5 @@ def c_path(path: Path) -> object:
 
 
 def c_fd(fd: FdLike) -> int:
+    """A descriptor as the compiled module takes it."""
     return fileno(fd)

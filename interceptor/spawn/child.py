@@ -238,6 +238,7 @@ def build_root(plan: Plan) -> None:
 
 
 def make_skeleton(skeleton: Skeleton) -> None:
+    """The directories, links and files of a root filesystem without an image."""
     for directory in skeleton.directories:
         os.makedirs(ROOTFS + directory, exist_ok=True)
     for path, target in skeleton.links.items():
@@ -283,6 +284,7 @@ def place(root: OwnedFd, path: str, *, directory: bool) -> OwnedFd:
 
 
 def exists(directory: OwnedFd, name: str) -> bool:
+    """Whether the directory has an entry of that name, be it a dangling link."""
     try:
         os.lstat(name, dir_fd=directory.fileno())
     except FileNotFoundError:

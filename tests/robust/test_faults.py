@@ -51,3 +51,158 @@ def test_every_call_gets_its_true_answer_while_guards_are_killed(
             assert isinstance(truth, Truth)
             assert truth.wrong == []
             assert truth.calls > KILLS_A_CONTAINER
+
+
+# ---- the daemon --------------------------------------------------------------------------------------------
+
+
+def _answers_without_a_daemon(truth: Truth) -> None:
+    for _ in range(20):
+        truth.denied()
+        truth.free()
+
+
+def test_native_and_cached_answers_go_on_without_a_daemon(daemon: Interceptor, child: GuardedChild) -> None:
+    def calls(go: int, said: int) -> list[str]:
+        truth = Truth()
+        truth.prepare()
+        _answers_without_a_daemon(truth)
+        os.write(said, b"warm")
+        assert os.read(go, 2) == b"go"
+        _answers_without_a_daemon(truth)
+        return truth.wrong
+
+    with pipe() as (go, order), pipe() as (heard, said):
+        process = child.start(calls, go, said, pass_fds=[go, said])
+        assert os.read(heard, 4) == b"warm"
+        daemon.kill()
+        os.write(order, b"go")
+        assert process.wait(PATIENCE).value == []
+    daemon.start()
+
+
+@pytest.mark.parametrize("stop", ["kill", "terminate"])
+def test_a_question_waits_for_the_next_daemon(daemon: Interceptor, stop: str) -> None:
+    def calls(said: int) -> list[str]:
+        truth = Truth(note=lambda: os.write(said, b"."))
+        truth.prepare()
+        truth.new()
+        truth.copy()
+        return truth.wrong
+
+    with daemon.spawn() as first, daemon.spawn() as second, pipe() as (heard, said):
+        getattr(daemon, stop)()
+        # Without a daemon nothing is welded and no listener is taken: run() cannot be used. The first processes can.
+        daemon.start()
+        processes = [c.start(calls, said, pass_fds=[said]) for c in (first, second)]
+        getattr(daemon, stop)()
+        assert os.read(heard, 1)
+        daemon.start()
+        for process in processes:
+            assert process.wait(PATIENCE).value == []
+        with daemon.spawn() as third:
+            assert third.run(calls, said, pass_fds=[said]).value == []
+        assert {c["id"] for c in daemon.request("ps")} == {first.cid, second.cid}
+
+
+@pytest.mark.slow
+def test_a_loop_of_calls_sees_nothing_of_ten_daemons(daemon: Interceptor) -> None:
+    with daemon.spawn() as child, pipe() as (progress, theirs):
+        process = child.start(support.rounds_until_eof, theirs, pass_fds=[theirs])
+        os.close(theirs)
+        chance = random.Random(1)
+        for number in range(10):
+            os.read(progress, 1 << 16)
+            assert os.read(progress, 1), "the container ended"
+            _spin(chance.uniform(0, 0.0015))
+            if number % 2:
+                daemon.kill()
+            else:
+                daemon.terminate()
+            daemon.start()
+        os.close(progress)
+        truth = process.wait(PATIENCE).value
+        assert isinstance(truth, Truth)
+        assert truth.wrong == []
+        assert len(support.family(daemon).guards) == 1
+
+
+def test_a_guard_that_dies_without_a_daemon_is_replaced_by_the_next(daemon: Interceptor) -> None:
+    def calls(go: int) -> list[str]:
+        truth = Truth()
+        truth.prepare()
+        assert os.read(go, 2) == b"go"
+        truth.round()
+        return truth.wrong
+
+    with daemon.spawn() as child, pipe() as (go, order):
+        process = child.start(calls, go, pass_fds=[go])
+        guard = guard_pid(daemon, child.cid)
+        daemon.kill()
+        kill(guard)
+        os.write(order, b"go")
+        daemon.start()
+        assert process.wait(PATIENCE).value == []
+        assert guard_pid(daemon, child.cid) not in (0, guard)
+
+
+def test_a_container_that_ends_without_a_daemon_takes_everything_along(leak_check: None) -> None:
+    with Interceptor() as daemon:
+        before = support.mount_count()
+        child = daemon.spawn()
+        who = support.family(daemon)
+        assert len(who.guards) == len(who.envoys) == 1
+        daemon.kill()
+        child.close()
+        for pid in who.all:
+            assert support.has_ended(pid), f"of {who}, {pid} still runs"
+        assert support.mount_count() == before
+        # And a daemon starts anew.
+        daemon.start()
+        with daemon.spawn() as another:
+            assert another.run(["umount", "/proc/sys"]).returncode == 32
+
+
+def test_one_of_two_containers_ends_without_a_daemon(daemon: Interceptor) -> None:
+    """Nothing of it is with the next daemon, and its ID can be used again."""
+    with daemon.spawn() as stays:
+        expected = support.holdings(daemon)
+        goes = daemon.spawn(cid="goes")
+        ends = [c for c in daemon.request("ps") if c["id"] == "goes"]
+        daemon.kill()
+        goes.close()
+        for container in ends:
+            assert support.has_ended(container["guard_pid"])
+            assert support.has_ended(container["envoy_pid"])
+        daemon.start()
+        assert [c["id"] for c in daemon.request("ps")] == [stays.cid]
+        with daemon.spawn(cid="goes") as again:
+            assert again.run(["mount", "-t", "proc", "x", "/mnt"]).returncode == 0
+            assert again.run(["cat", "/mnt/uptime"]).returncode == 0
+        expected["descriptors of the daemon"] = support.holdings(daemon)["descriptors of the daemon"]
+        support.settles_at(daemon, expected)
+
+
+def test_a_guard_without_daemon_and_keeper_ends_with_its_container(leak_check: None) -> None:
+    """Calls that need no daemon are answered all the same; nobody is left to end the guard but itself."""
+    with Interceptor() as daemon:
+        child = daemon.spawn()
+        assert child.run(["umount", "/proc/sys"]).returncode == 32
+        who = support.family(daemon)
+        daemon.kill()
+        kill(who.keeper)
+        child.close()
+        for pid in (*who.guards, *who.envoys, who.view, who.welder):
+            assert support.has_ended(pid, 10), f"of {who}, {pid} still runs"
+        eventually(lambda: not support.keepers_of(daemon), "no process")
+
+
+def test_a_guard_that_dies_again_and_again_leaves_nobody_waiting(daemon: Interceptor) -> None:
+    """Fail closed: what cannot be guarded is refused, it does not hang (I7)."""
+    with daemon.spawn() as child, pipe() as (go, order):
+        process = child.start(lambda: (os.read(go, 2), support.inside.try_umount(b"/proc/sys")), pass_fds=[go])
+        while guard := guard_pid(daemon, child.cid):
+            kill(guard)
+            eventually(lambda guard=guard: guard_pid(daemon, child.cid) != guard, "the daemon saw it")  # type: ignore[misc]
+        os.write(order, b"go")
+        assert process.wait(PATIENCE).value != 0
