@@ -206,9 +206,14 @@ class Lifecycle:
         index = container.next_listener
         container.next_listener += 1
         kept = listener.dup()
+        try:
+            self._keeper.store(f"l/{container.cid}/{index}", {"index": index}, [kept.fileno()])
+        except InterceptorError:
+            # A listener that nobody serves would make its callers wait for ever; closed, their calls fail.
+            kept.close()
+            raise
         container.listeners[index] = kept
-        self._keeper.store(f"l/{container.cid}/{index}", {"index": index}, [kept.fileno()])
-        self._hang_ups.watch(kept.fileno(), lambda: self._listener_ended(container, index))
+        self._watch(container, index, kept)
         supervisor = self._supervisors[container.cid]
         if supervisor.link is None:
             supervisor.start()
@@ -245,6 +250,12 @@ class Lifecycle:
             supervisor.drop_listener(index)
         self._keeper.forget(f"l/{container.cid}/{index}")
 
+    def _refuse_all(self, container: Container) -> None:
+        """Closes every listener: the kernel then fails what is trapped with ENOSYS instead of letting it wait."""
+        for index, listener in list(container.listeners.items()):
+            self._hang_ups.forget(listener.fileno())
+            self._listener_ended(container, index)
+
     def _start_supervisor(self, container: Container, journal: Journal) -> Supervisor:
         def answer(ask: Ask) -> Answer:
             return self._answerer.answer(container, ask)
@@ -268,6 +279,7 @@ class Lifecycle:
             answer,
             container.listeners,
             lambda: self._persist(container),
+            lambda: self._refuse_all(container),
         )
         self._supervisors[container.cid] = supervisor
         return supervisor

@@ -7,7 +7,7 @@ from __future__ import annotations
 import errno
 
 from interceptor.containers.registry import Container
-from interceptor.errors import SyscallError
+from interceptor.errors import InterceptorError, SyscallError
 from interceptor.guards.link import MAX_IDS, Act, Answer, Ask, Op
 from interceptor.kernel import stat
 from interceptor.kernel.stat import MountStat
@@ -75,8 +75,12 @@ class Answerer:
                 answer, reason = self._new(container, ask)
             else:
                 answer, reason = self._existing(container, ask)
-        except SyscallError as error:
-            log.warning("left to the kernel: what was needed failed", call=error.message)
+        except (InterceptorError, OSError) as error:
+            log.warning("left to the kernel: what was needed failed", call=str(error))
+            return Answer(Act.CONTINUE)
+        except Exception:
+            # Whatever it is, a caller waits; and the kernel's own answer is always a safe one.
+            log.exception("left to the kernel: internal error")
             return Answer(Act.CONTINUE)
         log.debug("answered", act=answer.act.name, error=answer.error, reason=reason)
         return answer
@@ -114,7 +118,8 @@ class Answerer:
         if kind is MountClass.COPIED_SUBMOUNT:
             base = welded_to(chain, container.baseline.plan)
             above = [m for m in chain if base is not None and len(m.point) <= len(base.point)]
-            return Circumstances(_reaches_original(container, scene, above), False, self._protect_immutable)
+            own = any(not self._is_welded(container, scene, m) for m in scene.below(chain[0].mnt_id))
+            return Circumstances(_reaches_original(container, scene, above), own, self._protect_immutable)
         return Circumstances(protect_immutable=self._protect_immutable)
 
     @staticmethod
@@ -153,7 +158,8 @@ class Answerer:
         tree = self._composer.again(base, shielded, container.material)
         if tree is None:
             return Answer(Act.ERROR, error=errno.EINVAL)
-        ids = [m.mnt_id for m in welded][:MAX_IDS]
+        # What stands on the target goes with it; what stands on the others is carried over with them.
+        ids = [m.mnt_id for m in welded if m.mnt_id != target.mnt_id][:MAX_IDS]
         there = stat.statx(tree).mnt_id
         return Answer(Act.SWAP, base_id=base.mnt_id, there_id=there, ids=ids, tree=tree)
 

@@ -94,18 +94,20 @@ static bool listed(const struct ix_answer *answer, uint64_t id)
 	return false;
 }
 
-static bool has_own_mounts(uint64_t base_id, const struct ix_answer *answer)
+static bool has_own_mounts(uint64_t base_id, const struct ix_answer *answer, uint64_t target_id)
 {
 	uint64_t ids[256];
 	int64_t n = ix_listmount(base_id, 0, 0, ids, 256);
 	for (int64_t i = 0; i < n; i++)
-		if (!listed(answer, ids[i]))
+		if (ids[i] != target_id && !listed(answer, ids[i]))
 			return true;
 	return n < 0 || n == 256;
 }
 
-/* Clones of the container's own mounts on a base, onto the composite that will take its place. */
-static int carry_over(uint64_t base_id, const char *base_point, const struct ix_answer *answer, int composite)
+/* Clones of the container's own mounts on a base and on the submounts that stay, onto the composite that takes its
+ * place. What stands on the submount that is being removed goes with it. */
+static int carry_over(uint64_t base_id, const char *base_point, const struct ix_answer *answer, uint64_t target_id,
+		      int composite)
 {
 	uint64_t ids[64], last = 0;
 	size_t prefix = strcmp(base_point, "/") == 0 ? 0 : strlen(base_point);
@@ -116,7 +118,9 @@ static int carry_over(uint64_t base_id, const char *base_point, const struct ix_
 		for (int64_t i = 0; i < n; i++) {
 			struct mount_info info;
 			last = ids[i];
-			if (mount_info(ids[i], &info) < 0 || info.sm.mnt_parent_id != base_id || listed(answer, ids[i]))
+			if (ids[i] == target_id || listed(answer, ids[i]) || mount_info(ids[i], &info) < 0)
+				continue;
+			if (info.sm.mnt_parent_id != base_id && !listed(answer, info.sm.mnt_parent_id))
 				continue;
 			cleanup_close int child = open_mount(ids[i], &info);
 			if (child < 0)
@@ -137,17 +141,18 @@ static int carry_over(uint64_t base_id, const char *base_point, const struct ix_
  * First beneath the old one, then the container's own mounts onto it, then away with the old one: at no instant is
  * there a gap, and nothing of it shows before it is complete. Kernels before 6.5 leave a gap.
  */
-static int replace(int base, uint64_t base_id, const char *point, const struct ix_answer *answer, int composite)
+static int replace(const struct ix_call *call, int base, const char *point, const struct ix_answer *answer, int composite)
 {
+	uint64_t base_id = answer->base_id, target_id = call->target_stat.mnt_id;
 	int r = ix_move_mount(composite, "", base, "", EFFECT_FLAGS | MOVE_MOUNT_BENEATH);
 	if (r < 0) {
 		/* The container's own mounts would be lost on the way: then rather nothing. */
-		if (has_own_mounts(base_id, answer))
+		if (has_own_mounts(base_id, answer, target_id))
 			return -EBUSY;
 		r = detach(base);
 		return r < 0 ? r : ix_move_mount(composite, "", AT_FDCWD, point, MOVE_MOUNT_F_EMPTY_PATH);
 	}
-	r = carry_over(base_id, point, answer, composite);
+	r = carry_over(base_id, point, answer, target_id, composite);
 	if (r < 0) {
 		detach(composite);
 		return -EBUSY;
@@ -163,7 +168,7 @@ static struct ix_reply act_swap(struct ix_call *call, const struct ix_answer *an
 		return ix_deny(EBUSY);
 	if (!begin(call, IX_ACT_SWAP, answer->base_id, answer->there_id))
 		return ix_deny(EINTR);
-	return finish(call, replace(base, answer->base_id, mount_point(&info), answer, composite));
+	return finish(call, replace(call, base, mount_point(&info), answer, composite));
 }
 
 static struct ix_reply act_detach(struct ix_call *call, const struct ix_answer *answer)

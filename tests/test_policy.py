@@ -58,6 +58,12 @@ def test_a_copied_base_with_mounts_of_the_containers_own_is_busy() -> None:
     assert decide(Request.DETACH, C.COPIED_BASE, Circumstances(own_mounts=True)).deed is Deed.KERNEL
 
 
+def test_a_copied_submount_with_mounts_of_the_containers_own_goes_lazily_only() -> None:
+    verdict = decide(Request.UMOUNT, C.COPIED_SUBMOUNT, Circumstances(own_mounts=True))
+    assert (verdict.deed, verdict.error) == (Deed.REFUSE, errno.EBUSY)
+    assert decide(Request.DETACH, C.COPIED_SUBMOUNT, Circumstances(own_mounts=True)).deed is Deed.REPLACE_BASE
+
+
 def test_immutables_are_protected_where_configured() -> None:
     verdict = decide(Request.UMOUNT, C.IMMUTABLE, Circumstances(protect_immutable=True))
     assert (verdict.deed, verdict.error) == (Deed.REFUSE, errno.EPERM)

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator
 from functools import cache
@@ -20,6 +21,7 @@ import pytest
 from integration.containers import quickstart, rootfs
 from interceptor.cli import COMMANDS, cli
 from interceptor.config import TESTING_VARIABLE, Config
+from interceptor.kernel.features import probe
 from interceptor.library import Interceptor
 from interceptor.oci.hook import DEFAULT_SOCKET, OPERATIONS
 from interceptor.oci.seccomp import oci_fragment
@@ -135,7 +137,7 @@ def test_a_container_made_by_hand_behaves_as_shown(tmp_path: Path) -> None:
     commands = [line[2:] for line in session.splitlines() if line.startswith("# ")]
     script = "".join(f"{command} 2>&1 | sed 's/^/> /'\n" for command in commands)
     hook = tmp_path / "interceptor-hook"
-    hook.symlink_to(Path(os.sys.executable).parent / "interceptor-hook")  # type: ignore[attr-defined]
+    hook.symlink_to(Path(sys.executable).parent / "interceptor-hook")
     with Interceptor() as daemon:
         guarded_bundle(daemon, tmp_path, ["sh", "-c", script])
         argv = ["runc", "--root", str(tmp_path / "state"), "run", "--bundle", str(tmp_path), "by-hand"]
@@ -145,6 +147,15 @@ def test_a_container_made_by_hand_behaves_as_shown(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr + daemon.log_path.read_text()
     shown = [line for line in session.splitlines() if line and not line.startswith("#")]
     assert [line[2:] for line in done.stdout.splitlines()] == shown
+
+
+@pytest.mark.root
+def test_the_kernel_named_is_the_oldest_that_has_what_is_needed() -> None:
+    needed = [tuple(map(int, feature.minimum.split("."))) for feature in probe() if feature.needed]
+    named = {
+        tuple(map(int, found)) for found in re.findall(r"Linux (\d+)\.(\d+) or newer", README.read_text())
+    }
+    assert named == {max(needed)}
 
 
 # ---- commands, keys, events, messages ----
@@ -190,6 +201,7 @@ def test_every_command_shown_exists_with_its_options() -> None:
             seen.add(name)
         elif name.startswith("./"):
             assert os.access(ROOT / name, os.X_OK), words
+            assert all(option in (ROOT / name).read_text() for option in long_options(rest)), words
             seen.add(name)
     wanted = {f"interceptor {name}" for name in COMMANDS}
     assert seen >= wanted | {"interceptor-hook", "./integration/quickstart", "./integration/check"}

@@ -93,6 +93,11 @@ def furnish(mounts: int) -> int:
     return len(stat.listmount())
 
 
+def bind(program: Path) -> Mount:
+    """What brings the program into a container."""
+    return Mount(str(program), INSIDE, "", ("bind", "ro"))
+
+
 @dataclass(frozen=True)
 class Contestant:
     """A caller with what it is called in tables and results: ``guarded``, ``kernel``, ``floor_resolve`` …"""
@@ -111,10 +116,9 @@ FLOORS = ("answer", "resolve", "continue")
 @contextlib.contextmanager
 def arena(daemon: Interceptor, program: Path, mounts: int) -> Iterator[list[Contestant]]:
     """All contestants, in containers whose tables have ``mounts`` entries."""
-    bind = Mount(str(program), INSIDE, "", ("bind", "ro"))
     with contextlib.ExitStack() as stack:
-        guarded = stack.enter_context(daemon.spawn(mounts=[bind]))
-        alone = stack.enter_context(spawn(None, None, mounts=[bind]))
+        guarded = stack.enter_context(daemon.spawn(mounts=[bind(program)]))
+        alone = stack.enter_context(spawn(None, None, mounts=[bind(program)]))
         for container in (guarded, alone):
             found = container.call(furnish, mounts)
             if found < mounts:

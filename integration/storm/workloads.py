@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from interceptor.kernel.flags import MountFlag, UmountFlag
 
-#: Directories that every container of a benchmark has, made by `contestants.Container`.
+#: Directories that every container of a benchmark has, made by `contestants.furnish`.
 SOURCE, TARGET, COPY = "/tmp/source", "/tmp/target", "/tmp/copy"
 
 

@@ -235,10 +235,9 @@ class Builder:
         ids = {m.mnt_id: m for m in mounts}
         recorded: dict[int, Recorded] = {}
         plan = self._material.plan
-        for found in mounts:
-            top = self._site.top
-            if found.point != top and not found.point.startswith(top.rstrip(b"/") + b"/"):
-                continue
+        # What the root itself was mounted upon stays behind at pivot_root.
+        for node in _walk(visible_tree(mounts, self._site.top)):
+            found = node.mount
             chain = chain_to_root(found, ids)
             recorded[found.mnt_id] = Recorded(
                 mnt_id=found.mnt_id,

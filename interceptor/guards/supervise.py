@@ -61,6 +61,7 @@ class Supervisor:
         answer: Callable[[Ask], Answer],
         listeners: Mapping[int, OwnedFd],
         changed: Callable[[], None],
+        give_up: Callable[[], None],
     ) -> None:
         self.journal = journal
         self.link: GuardLink | None = None
@@ -72,6 +73,7 @@ class Supervisor:
         self._answer = answer
         self._listeners = listeners
         self._changed = changed
+        self._give_up = give_up
         self._deaths: deque[float] = deque(maxlen=DEATHS_MAX)
         self._loop = asyncio.get_running_loop()
         self._log = get_logger(container=cid)
@@ -91,6 +93,8 @@ class Supervisor:
     def adopt(self, link: GuardLink, pid: int, pidfd: OwnedFd) -> None:
         """The guard that a predecessor started."""
         self._take(link, pid, pidfd)
+        # The configuration may have changed since its verdicts were given.
+        link.flush()
         link.hello()
 
     def _take(self, link: GuardLink, pid: int, pidfd: OwnedFd) -> None:
@@ -131,10 +135,11 @@ class Supervisor:
 
     def _reply(self, link: GuardLink, ask: Ask) -> None:
         answer = self._answer(ask)
-        if not link.answer(ask, answer):
-            self._log.debug("an answer was not taken", op=ask.op.name)
+        # Before the answer: a descriptor of ours on the mount would make the caller's umount fail with EBUSY.
         for fd in ask.fds:
             fd.close()
+        if not link.answer(ask, answer):
+            self._log.debug("an answer was not taken", op=ask.op.name)
         if answer.tree is not None:
             answer.tree.close()
 
@@ -146,6 +151,7 @@ class Supervisor:
             self._log.error(
                 "the guard dies again and again; calls are refused from now on", deaths=DEATHS_MAX
             )
+            self._give_up()
             return
         open_calls = self.journal.open_calls()
         self._log.warning("the guard died; a successor answers what it had received", open_calls=open_calls)

@@ -65,7 +65,7 @@ def decide(request: Request, kind: MountClass, circumstances: Circumstances) -> 
     if kind is MountClass.COPIED_BASE:
         return _copied_base(request, circumstances)
     if kind is MountClass.COPIED_SUBMOUNT:
-        return _copied_submount(circumstances)
+        return _copied_submount(request, circumstances)
     if kind is MountClass.IMMUTABLE and circumstances.protect_immutable:
         return Verdict(Deed.REFUSE, "protect_immutable_unmounts", errno.EPERM, lasting=True)
     reason = {
@@ -103,9 +103,11 @@ def _copied_base(request: Request, circumstances: Circumstances) -> Verdict:
     return Verdict(Deed.REMOVE_BASE, "a copy goes whole")
 
 
-def _copied_submount(circumstances: Circumstances) -> Verdict:
+def _copied_submount(request: Request, circumstances: Circumstances) -> Verdict:
     if circumstances.reaches_original:
         return Verdict(
             Deed.KERNEL, "stands in the place of an original by propagation: EINVAL is the kernel's"
         )
+    if request is Request.UMOUNT and circumstances.own_mounts:
+        return Verdict(Deed.REFUSE, "the container's own mounts keep it busy", errno.EBUSY)
     return Verdict(Deed.REPLACE_BASE, "a copied submount goes, a shield stays in its place")

@@ -107,9 +107,7 @@ class Box:
 
     def lost(self) -> list[str]:
         """Paths of original bases and submounts that are gone."""
-        return [
-            m["path"] for m in self.recorded() if m["class"].startswith("original") and not m["present"]
-        ]
+        return [m["path"] for m in self.recorded() if m["class"].startswith("original") and not m["present"]]
 
     def check(self) -> None:
         """I1, and as much of I2 as this guard owes."""

@@ -43,7 +43,13 @@ def spellings(where: Where, name: bytes) -> Iterator[bytes]:
     yield full.replace(b"/", b"//")
     yield (parent or above) + b"/../" * 40 + full.lstrip(b"/")
     yield full + b"/../" + last
-    for root in (b"self/root", b"thread-self/root", b"1/root", b"self/cwd", b"self/task/%d/root" % os.getpid()):
+    for root in (
+        b"self/root",
+        b"thread-self/root",
+        b"1/root",
+        b"self/cwd",
+        b"self/task/%d/root" % os.getpid(),
+    ):
         yield proc + b"/" + root + b"/" + name
         yield b"/" * (where.root != b"") + proc + b"/" + root + b"/./" + name + b"/"
     link = where.work(b"links") + b"/" + last

@@ -8,6 +8,7 @@
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <execinfo.h>
 #include <fcntl.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -33,11 +34,23 @@ static void note(const char *text)
 		memcpy(board->text + at, text, length);
 }
 
+/* A process without standard error ends here before the sanitizer hands out its text; addr2line tells the rest. */
 static void note_death(void)
 {
-	char line[80];
+	void *frames[32];
+	char line[512];
+	int count = backtrace(frames, 32);
+
 	snprintf(line, sizeof(line), "process %d was ended by a sanitizer\n", (int)getpid());
 	note(line);
+	for (int i = 0; i < count; i++) {
+		Dl_info module;
+		if (!dladdr(frames[i], &module) || !module.dli_fname || !strstr(module.dli_fname, "/_native."))
+			continue;
+		snprintf(line, sizeof(line), "    %s+0x%tx\n", module.dli_fname,
+			 (char *)frames[i] - (char *)module.dli_fbase);
+		note(line);
+	}
 }
 
 /* Each runtime has a list of death callbacks of its own. */
@@ -65,6 +78,7 @@ __attribute__((constructor)) static void begin(void)
 		void *map = mmap(NULL, status.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 		if (map != MAP_FAILED) {
 			board = map;
+			backtrace((void *[1]){NULL}, 1); /* loads the unwinder, for which it is too late in the end */
 			room = status.st_size - sizeof(*board);
 			watch("libasan.so.8");
 			watch("libubsan.so.1");

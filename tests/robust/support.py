@@ -149,6 +149,12 @@ def kill(pid: int, number: int = signal.SIGKILL) -> None:
         assert select.select([pidfd], [], [], PATIENCE)[0], f"process {pid} survives signal {number}"
 
 
+def end(pid: int) -> None:
+    """Kill a process of the daemon under test if it still runs."""
+    with contextlib.suppress(OSError):
+        kill(pid)
+
+
 def guard_pid(daemon: Interceptor, cid: str) -> int:
     """The process ID of a container's guard; 0 where it has none."""
     (pid,) = [c["guard_pid"] for c in daemon.request("ps") if c["id"] == cid]
@@ -176,11 +182,15 @@ MNT_DETACH = 2
 FROM, TO, NEW, COPY = b"/tmp/from", b"/tmp/to", b"/tmp/new", b"/tmp/copy"
 
 
+def nothing() -> None:
+    """Stands for a lambda in what is pickled."""
+
+
 @dataclass
 class Truth:
     """Makes calls and writes down every result that is not the truth."""
 
-    note: Callable[[], object] = lambda: None
+    note: Callable[[], object] = field(default=nothing)
     wrong: list[str] = field(default_factory=list)
     calls: int = 0
     interrupted: int = 0
@@ -289,7 +299,7 @@ def rounds_until_eof(progress: int) -> Truth:
     except BrokenPipeError:
         pass
     # The round was broken off before a call: what it had mounted is still there.
-    truth.note = lambda: None
+    truth.note = nothing
     for point in (TO, NEW, COPY):
         while stack_at(point):
             truth.goes("the last umount", point, lambda point=point: inside.try_umount(point, MNT_DETACH))  # type: ignore[misc]
@@ -298,9 +308,4 @@ def rounds_until_eof(progress: int) -> Truth:
     if inside.originals() != originals:
         truth.wrong.append("the originals are not the same")
     truth.wrong += [f"raw: {node!r}" for node in inside.raw_nodes()]
-    truth.note = nothing
     return truth
-
-
-def nothing() -> None:
-    """Stands for a lambda in what is pickled."""

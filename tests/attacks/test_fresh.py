@@ -1,0 +1,122 @@
+"""New procfs and sysfs, by both mount APIs, wherever a container can ask for them."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from interceptor.kernel import mount as km
+from interceptor.kernel.call import checked
+from interceptor.kernel.flags import CLONE_NEWNET, CLONE_NEWNS, CLONE_NEWPID, CLONE_NEWUSER, MountFlag
+from interceptor.kernel.namespaces import unshare
+from tests.attacks.conftest import Box
+from tests.attacks.contexts import Where, apart, become_root
+from tests.guarded import errno_of, raw_below, raw_nodes, try_mount
+
+OPTIONS = (None, b"hidepid=2", b"subset=pid")
+INNER = (
+    0,
+    CLONE_NEWPID,
+    CLONE_NEWNET,
+    CLONE_NEWUSER | CLONE_NEWNS,
+    CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID,
+)
+FSCONFIG_SET_STRING, FSCONFIG_CMD_RECONFIGURE = 1, 7
+SYS_FSPICK = 433
+
+
+def by_mount(where: Where, fstype: bytes, data: bytes | None = None) -> tuple[int, list[bytes]]:
+    target = where.work(b"new")
+    error = try_mount(b"x", target, fstype, MountFlag.MS_NOSUID, data)
+    return error, raw_below(target) + raw_nodes()
+
+
+def by_fsmount(fstype: bytes) -> list[int]:
+    """The kernel refuses them, whatever the options are that hide something at first."""
+    options: list[dict[bytes, bytes | None]] = [{}, {b"ro": None}]
+    if fstype == b"proc":
+        options += [{b"subset": b"pid"}, {b"hidepid": b"2"}, {b"subset": b"pid", b"hidepid": b"invisible"}]
+    return [errno_of(km.new_mount, fstype, o) for o in options]
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("fstype", [b"proc", b"sysfs"])
+def test_none_is_raw(box: Box, context: str, fstype: bytes, inner: int) -> None:
+    def attack(where: Where) -> tuple[list[tuple[int, list[bytes]]], list[int]]:
+        def innermost() -> tuple[list[tuple[int, list[bytes]]], list[int]]:
+            options = OPTIONS if fstype == b"proc" else (None,)
+            return [by_mount(where, fstype, data) for data in options], by_fsmount(fstype)
+
+        if inner:
+            unshare(inner)
+        if inner & CLONE_NEWUSER:
+            become_root()
+        return apart(innermost)
+
+    mounted, made = box.attack(context, attack)
+    assert [raw for _, raw in mounted] == [[]] * len(mounted)
+    assert set(made) == {errno.EPERM}
+    if box.decides and (context != "nested" or (inner & CLONE_NEWUSER and inner & CLONE_NEWPID)):
+        mine = fstype == b"proc" and (not inner & CLONE_NEWUSER or inner & CLONE_NEWPID)
+        if mine and context != "nested":
+            assert {error for error, _ in mounted} == {0}
+
+
+def reconfigure(path: bytes, key: bytes, value: bytes) -> int:
+    """fspick(2), fsconfig(2): errno."""
+    try:
+        with km.open_tree(-100, path, 0):
+            fd = kernel_fspick(path)
+        try:
+            km.fsconfig(fd, FSCONFIG_SET_STRING, key, value)
+            km.fsconfig(fd, FSCONFIG_CMD_RECONFIGURE)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return error.errno or -1
+    return 0
+
+
+def kernel_fspick(path: bytes) -> int:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd: int = libc.syscall(SYS_FSPICK, -100, path, 1)
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), "fspick")
+    return fd
+
+
+@pytest.mark.parametrize("value", [b"", b",", b"pid", b",pid,"])
+def test_what_subset_pid_hides_cannot_be_had_back(box: Box, context: str, value: bytes) -> None:
+    """proc_parse_subset_param() of fs/proc/root.c takes a lone comma for "no subset at all"."""
+
+    def attack(where: Where) -> list[bytes]:
+        target = where.work(b"new")
+        try_mount(b"x", target, b"proc", 0, b"subset=pid")
+        reconfigure(target, b"subset", value)
+        try_mount(b"x", target, b"proc", MountFlag.MS_REMOUNT, b"subset=" + value)
+        return raw_below(target) + raw_nodes()
+
+    assert box.attack(context, attack) == []
+
+
+def test_no_raw_procfs_after_one_with_subset_pid(box: Box) -> None:
+    def attack(where: Where) -> list[int]:
+        try_mount(b"x", where.work(b"new"), b"proc", 0, b"subset=pid")
+        results = by_fsmount(b"proc")
+
+        def inner() -> list[int]:
+            unshare(CLONE_NEWUSER | CLONE_NEWNS)
+            become_root()
+            unshare(CLONE_NEWPID)
+            return apart(by_fsmount, b"proc")
+
+        return results + apart(inner)
+
+    assert set(box.attack("plain", attack)) == {errno.EPERM}
+
+
+assert checked

@@ -1,0 +1,115 @@
+"""The benchmark: that it runs, and that its figures are what they say. Nothing here depends on how fast anything is."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from integration.storm import contestants, figures, workloads
+from integration.storm.contestants import Caller, arena, compiled
+from integration.storm.figures import COMPARISONS, Comparison, Percentiles
+from integration.storm.workloads import Workload
+from interceptor.errors import InterceptorError
+from interceptor.library import Interceptor
+from interceptor.spawn.create import spawn
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# ---- figures -----------------------------------------------------------------------------------------------
+
+
+def test_percentiles_are_of_the_sorted_samples_in_microseconds() -> None:
+    found = Percentiles.of(n * 1000 for n in range(1000, 0, -1))
+    assert (found.p50, found.p99, found.p999, found.count) == (501, 991, 1000, 1000)
+
+
+def test_no_samples_have_no_percentiles() -> None:
+    with pytest.raises(ValueError, match="no samples"):
+        Percentiles.of([])
+
+
+def test_a_ratio_is_the_median_of_the_ratios_of_each_round() -> None:
+    above, below = ("a", "x", 20), ("b", "x", 20)
+    samples = {above: [[20], [30], [900]], below: [[10], [10], [100]]}
+    assert figures.ratio(Comparison((above,), (below,), bar=2.9), samples).value == 3
+    assert figures.ratio(Comparison((above,), (below,), bar=2.9), samples).holds is False
+
+
+def test_figures_on_one_side_are_added_within_a_round() -> None:
+    one, two, below = ("a", "x", 20), ("b", "x", 20), ("c", "x", 20)
+    samples = {one: [[10, 10, 10], [1]], two: [[20], [2]], below: [[10], [1]]}
+    assert figures.ratio(Comparison((one, two), (below,)), samples).value == 3
+
+
+def test_the_noise_of_rounds_that_agree_is_nothing() -> None:
+    assert figures.noise([[5, 5], [5, 5], [5, 5]]) == 0
+    assert figures.noise([[5], [10], [15]]) == 0.5
+
+
+def test_every_comparison_is_of_figures_that_workloads_have() -> None:
+    known = {step.figure for workload in workloads.ALL for step in workload.steps}
+    for comparison in COMPARISONS.values():
+        assert {figure for figure, _, _ in comparison.above + comparison.below} <= known
+
+
+# ---- calls -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.root
+def test_a_call_with_another_errno_ends_the_run() -> None:
+    wrong = Workload("wrong", (workloads.umount("x", "/proc/sys", expected=errno.EBUSY),), 1)
+    with compiled() as program, spawn(None, None, mounts=[contestants.bind(program)]) as container:
+        caller = Caller(container, "none")
+        try:
+            with pytest.raises(InterceptorError, match=f"errno {errno.EINVAL}, not {errno.EBUSY}"):
+                caller.run(wrong, 3)
+            assert len(caller.run(workloads.DENIED, 5)["denied"]) == 5
+        finally:
+            caller.close()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("mode", ["none", *contestants.FLOORS])
+def test_the_floor_runs_by_hand(mode: str) -> None:
+    with compiled() as program, spawn(None, None, mounts=[contestants.bind(program)]) as container:
+        done = container.run([f"{contestants.INSIDE}/floor", "-m", mode, "-n", "100"])
+    assert (done.returncode, done.stderr) == (0, b"")
+    found = json.loads(done.stdout)
+    assert (found["mode"], found["count"]) == (mode, 100)
+    assert 0 < found["us"]["min"] <= found["us"]["p50"] <= found["us"]["p99"] <= found["us"]["p999"]
+
+
+@pytest.mark.root
+def test_contestants_have_tables_of_the_size_asked_for() -> None:
+    with compiled() as program, Interceptor() as daemon, arena(daemon, program, 100) as found:
+        assert {c.name for c in found} == {"kernel", "guarded", *(f"floor_{m}" for m in contestants.FLOORS)}
+        assert all(c.caller.run(workloads.FREE, 2)["free_umount"] for c in found if not c.floor)
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.root
+def test_a_quick_run_has_every_figure(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    argv = [sys.executable, "-m", "integration.storm", "--quick", "--json", str(file)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    found = json.loads(file.read_text())
+    assert found["ratios"].keys() == COMPARISONS.keys()
+    assert {
+        "denied_vs_resolving_floor_p50",
+        "denied_flatness",
+        "free_pair_vs_kernel",
+        "propagation_vs_kernel",
+    } <= found["ratios"].keys()
+    for figure in ("denied", "denied_lazy", "free_umount", "propagation", *figures.HANDLED):
+        assert found["us"][figure]["guarded"]["20"]["p50"] > 0
+        assert len(found["samples_ns"][figure]["guarded"]["20"]) == 2
+    assert found["us"]["denied"].keys() == {"kernel", "floor_answer", "floor_resolve", "guarded"}
