@@ -143,6 +143,13 @@ static pthread_t start(void *(*body)(void *))
 	return thread;
 }
 
+/* The shortest race is over before a thread has begun. */
+static void wait_for_watcher(void)
+{
+	while (!atomic_load(&opened))
+		sched_yield();
+}
+
 static long race_fstype(long tries, const char *target)
 {
 	long done = 0;
@@ -151,6 +158,7 @@ static long race_fstype(long tries, const char *target)
 		two = half ? "sysfs" : "proc";
 		atomic_store(&stop, 0);
 		pthread_t changer = start(change_memory), watcher = start(watch);
+		wait_for_watcher();
 		for (long i = 0; i < tries / 2; i++, done++)
 			attempt_fstype(target);
 		atomic_store(&stop, 1);
@@ -167,6 +175,7 @@ static long race(const char *kind, const char *what, long tries)
 								 : change_number;
 	pthread_t threads[] = {start(changer), start(watch)};
 	long done = 0;
+	wait_for_watcher();
 	for (; done < tries; done++)
 		attempt(what);
 	atomic_store(&stop, 1);

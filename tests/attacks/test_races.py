@@ -12,8 +12,8 @@ from tests.attacks.contexts import Where, rbind, tmpfs
 
 LONG = os.environ.get("INTERCEPTOR_LONG") == "1"
 #: Binds take a tenth of a second a hundred; `integration/check --long` makes 10,000 of each, everywhere.
-TRIES = {"detach": 10_000, "fstype": 10_000, "umount": 2_000, "move": 2_000, "bind": 1_000, "procfs": 500}
-ELSEWHERE = 300
+TRIES = {"detach": 10_000, "fstype": 10_000, "umount": 1_000, "move": 1_000, "bind": 500, "procfs": 200}
+ELSEWHERE = 100
 SENTINELS = (b"proc/sys/kernel/hostname", b"proc/uptime", b"sys/kernel", b"sys/devices/virtual")
 
 
@@ -57,8 +57,8 @@ def test_parent_directory(box: Box, context: str, what: str) -> None:
     def attack(where: Where) -> tuple[int, int, int]:
         one, two = where.work(b"one"), where.path(b"run/work/two")
         os.makedirs(one + b"/sys")
-        # As a link it is resolved where it stands: relative to the directory that it is in.
-        os.symlink(os.path.relpath(where.path(b"proc"), os.path.dirname(two)), two)
+        # As a link it is resolved where it stands.
+        os.symlink(b"../../proc", two)
         _target(where)
         return race(where, b"parent", what.encode(), b"%d" % tries(context, what), one, two, one + b"/sys")
 
