@@ -71,7 +71,9 @@ def view_of(daemon: Interceptor) -> list[int]:
     """The view's process, if it runs."""
     mountpoint = os.path.join(daemon.config.runtime_dir, "workshop", "view")
     found = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    return [pid for pid in found if "interceptor.view.server" in (words := _words(pid)) and mountpoint in words]
+    return [
+        pid for pid in found if "interceptor.view.server" in (words := _words(pid)) and mountpoint in words
+    ]
 
 
 def family(daemon: Interceptor) -> Family:

@@ -48,7 +48,9 @@ def test_a_call_under_a_storm_of_signals_counts_once(daemon: Interceptor, restar
         truth = child.run(_under_signals, restart, CALLS, timeout=120).value
         assert isinstance(truth, Truth)
         stats = daemon.request("stats", id=child.cid)
-        print(f"{truth.calls} calls, {truth.interrupted} of them EINTR, {stats['lost']} replies came too late")
+        print(
+            f"{truth.calls} calls, {truth.interrupted} of them EINTR, {stats['lost']} replies came too late"
+        )
         assert truth.wrong == []
         assert truth.calls >= CALLS
         # It was tried.

@@ -196,7 +196,10 @@ def test_the_end_of_a_container_takes_nothing_of_one_with_a_longer_name(daemon: 
     with daemon.spawn(cid="web-2") as stays, daemon.spawn(cid="web"):
         pass_id = stays.cid
         (goes,) = [c for c in daemon.request("ps") if c["id"] == "web"]
-        daemon.request("poststop", state={"ociVersion": "1.0.2", "id": "web", "status": "stopped", "bundle": goes["bundle"]})
+        daemon.request(
+            "poststop",
+            state={"ociVersion": "1.0.2", "id": "web", "status": "stopped", "bundle": goes["bundle"]},
+        )
         daemon.kill()
         daemon.start()
         assert [c["id"] for c in daemon.request("ps")] == [pass_id]
@@ -248,7 +251,9 @@ def test_without_daemon_and_keeper_all_end_with_the_container(leak_check: None, 
 def test_a_guard_that_dies_again_and_again_leaves_nobody_waiting(daemon: Interceptor) -> None:
     """Fail closed: what cannot be guarded is refused, it does not hang (I7)."""
     with daemon.spawn() as child, pipe() as (go, order):
-        process = child.start(lambda: (os.read(go, 2), support.inside.try_umount(b"/proc/sys")), pass_fds=[go])
+        process = child.start(
+            lambda: (os.read(go, 2), support.inside.try_umount(b"/proc/sys")), pass_fds=[go]
+        )
         while guard := guard_pid(daemon, child.cid):
             kill(guard)
             eventually(lambda guard=guard: guard_pid(daemon, child.cid) != guard, "the daemon saw it")  # type: ignore[misc]

@@ -19,7 +19,17 @@ from tests.robust.support import COPY, PATIENCE, Truth, eventually, guard_pid, p
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 #: System calls of a guard during the deeds below (those that strace 6.1 has names for).
-CALLS = ("ioctl", "process_vm_readv", "sendmsg", "unshare", "setns", "openat2", "open_tree", "move_mount", "umount2")
+CALLS = (
+    "ioctl",
+    "process_vm_readv",
+    "sendmsg",
+    "unshare",
+    "setns",
+    "openat2",
+    "open_tree",
+    "move_mount",
+    "umount2",
+)
 CALLS += ("fchdir", "chdir", "close")
 
 DEEDS = ("new", "copy", "bind", "own_mount_on_a_copy")

@@ -109,7 +109,9 @@ def test_a_hundred_executions_leave_nothing(daemon: Interceptor, child: GuardedC
     expected = of_guard()
     for _ in range(100):
         assert child.run(["umount", "/proc/sys"]).returncode == 32
-    eventually(lambda: of_guard() == expected, f"descriptors and threads of the guard {expected}: {of_guard()}", 10)
+    eventually(
+        lambda: of_guard() == expected, f"descriptors and threads of the guard {expected}: {of_guard()}", 10
+    )
     settles_at(daemon, before)
     assert support.guard_pid(daemon, child.cid) == guard
     assert daemon.request("ps")[0]["listeners"] == 1
@@ -132,7 +134,10 @@ class ForgetsTheHook:
 
 def _as_welded() -> tuple[list[str], dict[str, int], list[bytes]]:
     """What is wrong, what the first calls answer, what is raw."""
-    first = {path: inside.try_umount(path.encode()) for path in ("/proc/sys", "/proc/uptime", "/sys/kernel", "/proc")}
+    first = {
+        path: inside.try_umount(path.encode())
+        for path in ("/proc/sys", "/proc/uptime", "/sys/kernel", "/proc")
+    }
     truth = Truth()
     truth.prepare()
     truth.round()
@@ -140,7 +145,12 @@ def _as_welded() -> tuple[list[str], dict[str, int], list[bytes]]:
 
 
 def test_without_the_hook_a_container_is_set_up_when_its_listener_comes(daemon: Interceptor) -> None:
-    expected = {"/proc/sys": errno.EINVAL, "/proc/uptime": errno.EINVAL, "/sys/kernel": errno.EINVAL, "/proc": errno.EBUSY}
+    expected = {
+        "/proc/sys": errno.EINVAL,
+        "/proc/uptime": errno.EINVAL,
+        "/sys/kernel": errno.EINVAL,
+        "/proc": errno.EBUSY,
+    }
     before = _used(daemon)
     # As its main process, so that its first call comes with the container's first listener.
     with spawn(ForgetsTheHook(daemon), _as_welded, masked_paths=["/proc/kcore"]) as child:
