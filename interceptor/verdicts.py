@@ -5,15 +5,18 @@ workshop. Nothing the guard says about a mount is believed; only its descriptors
 from __future__ import annotations
 
 import errno
+import os
 
 from interceptor.containers.registry import Container
 from interceptor.errors import InterceptorError, SyscallError
 from interceptor.guards.link import MAX_IDS, Act, Answer, Ask, Op
-from interceptor.kernel import stat
+from interceptor.kernel import mount, stat
+from interceptor.kernel.flags import MOUNT_ATTR__ATIME, PROC_SUPER_MAGIC, SYSFS_MAGIC, MountAttr
 from interceptor.kernel.stat import MountStat
-from interceptor.mounts.arguments import NewMount
+from interceptor.mounts.arguments import SIMPLE_ATTRIBUTES, NewMount
 from interceptor.mounts.composite import Composer
 from interceptor.mounts.lineage import MountClass, classify, is_base, path_in_fs, reaches, welded_to
+from interceptor.mounts.managed import BASE_TYPES
 from interceptor.mounts.policy import Circumstances, Deed, Request, Verdict, decide
 from interceptor.observe.log import get_logger
 
@@ -24,6 +27,7 @@ _REQUESTS = {
     Op.REMOUNT: Request.REMOUNT,
 }
 _CHAIN_MAX = 256
+_BASE_MAGIC = {PROC_SUPER_MAGIC: b"proc", SYSFS_MAGIC: b"sysfs"}
 
 
 class _Scene:
@@ -73,6 +77,12 @@ class Answerer:
         try:
             if ask.op is Op.NEW:
                 answer, reason = self._new(container, ask)
+            elif ask.op is Op.FSOPEN:
+                answer, reason = self._fsopen(ask)
+            elif ask.op is Op.FSMOUNT:
+                answer, reason = self._fsmount(container, ask)
+            elif ask.op is Op.OPEN_TREE:
+                answer, reason = self._open_tree(container, ask)
             else:
                 answer, reason = self._existing(container, ask)
         except (InterceptorError, OSError) as error:
@@ -97,6 +107,44 @@ class Answerer:
         )
         tree = self._composer.fresh(new, container.material, pid_namespace, network_namespace)
         return Answer(Act.ATTACH, there_id=stat.statx(tree).mnt_id, tree=tree), "a welded composite"
+
+    @staticmethod
+    def _fsopen(ask: Ask) -> tuple[Answer, str]:
+        pid_namespace, network_namespace = ask.fds
+        if ask.kind == 1:
+            context = mount.fsopen_for(b"proc", pid_namespace=pid_namespace)
+        else:
+            context = mount.fsopen_for(b"sysfs", network_namespace=network_namespace)
+        return Answer(Act.GIVE, tree=context), "a context that is known again at fsmount"
+
+    def _fsmount(self, container: Container, ask: Ask) -> tuple[Answer, str]:
+        """A context that `_fsopen` gave, configured by the caller since."""
+        _mount_namespace, context = ask.fds
+        atime = ask.flags & MOUNT_ATTR__ATIME
+        base = mount.fsmount(context, atime | (ask.flags & MountAttr.MOUNT_ATTR_NODIRATIME))
+        fstype = _BASE_MAGIC.get(stat.fs_magic(base))
+        if fstype is None:
+            return Answer(Act.ERROR, error=errno.EPERM), "neither procfs nor sysfs"
+        attributes = ask.flags & SIMPLE_ATTRIBUTES
+        return Answer(
+            Act.GIVE, tree=self._composer.over(base, fstype, container.material, attributes)
+        ), "welded"
+
+    def _open_tree(self, container: Container, ask: Ask) -> tuple[Answer, str]:
+        """A clone, not recursive, of something with welded submounts below: they come along, nothing else does."""
+        namespace_fd, target_fd = ask.fds
+        scene = _Scene(stat.mount_namespace_id(namespace_fd))
+        found = stat.statx(target_fd)
+        chain = scene.chain(found.mnt_id)
+        if not chain or chain[0].fstype not in BASE_TYPES:
+            return Answer(Act.CONTINUE), "not in the caller's mount namespace, or no base"
+        # The path comes from the kernel; all that it decides is which of our own covers go where.
+        inside = chain[0].root.strip(b"/")
+        if not found.mount_root:
+            inside = path_in_fs(chain[0], os.readlink(os.fsencode(f"/proc/self/fd/{target_fd.fileno()}")))
+        shields = _shields(container, scene, chain[0])
+        tree = self._composer.again(chain[0], inside, shields, container.material)
+        return (Answer(Act.GIVE, tree=tree) if tree else Answer(Act.CONTINUE)), "a welded clone"
 
     def _existing(self, container: Container, ask: Ask) -> tuple[Answer, str]:
         namespace_fd, target_fd = ask.fds
@@ -136,32 +184,37 @@ class Answerer:
         if verdict.deed is Deed.REPLACE_BASE:
             return self._replace_base(container, scene, chain)
         if verdict.deed is Deed.CARRY_FLAGS:
-            welded = [m for m in scene.below(chain[0].mnt_id) if self._is_welded(container, scene, m)]
-            # A copy that the container put on top of the base is a base of its own.
-            ids = [m.mnt_id for m in welded if _base_of(container, scene, m) == chain[0].mnt_id]
+            ids = [m.mnt_id for m in _welded_on(container, scene, chain[0])]
             return Answer(Act.FLAGS, ids=ids[:MAX_IDS])
         return Answer(Act.CONTINUE, cache=verdict.lasting)
 
     def _replace_base(self, container: Container, scene: _Scene, chain: list[MountStat]) -> Answer:
         """The copied base anew, with a shield where the target stands, and those that stand there already."""
-        target = chain[0]
-        plan = container.baseline.plan
-        base = welded_to(chain, plan)
+        base = welded_to(chain, container.baseline.plan)
         assert base is not None
-        welded = [m for m in scene.below(base.mnt_id) if _base_of(container, scene, m) == base.mnt_id]
-        shield = container.baseline.shield_dev
-        shielded = {
-            path_in_fs(base, m.point): True
-            for m in welded
-            if m.mnt_id == target.mnt_id or (m.dev == shield and m.root.startswith(b"/shield"))
-        }
-        tree = self._composer.again(base, shielded, container.material)
+        shields = _shields(container, scene, base) | {path_in_fs(base, chain[0].point)}
+        tree = self._composer.again(base, base.root.strip(b"/"), shields, container.material)
         if tree is None:
             return Answer(Act.ERROR, error=errno.EINVAL)
         # What stands on the target goes with it; what stands on the others is carried over with them.
-        ids = [m.mnt_id for m in welded if m.mnt_id != target.mnt_id][:MAX_IDS]
+        ids = [m.mnt_id for m in _welded_on(container, scene, base) if m.mnt_id != chain[0].mnt_id]
         there = stat.statx(tree).mnt_id
-        return Answer(Act.SWAP, base_id=base.mnt_id, there_id=there, ids=ids, tree=tree)
+        return Answer(Act.SWAP, base_id=base.mnt_id, there_id=there, ids=ids[:MAX_IDS], tree=tree)
+
+
+def _welded_on(container: Container, scene: _Scene, base: MountStat) -> list[MountStat]:
+    """The welded submounts of a base; not those of copies that the container mounted on top of it."""
+    return [m for m in scene.below(base.mnt_id) if _base_of(container, scene, m) == base.mnt_id]
+
+
+def _shields(container: Container, scene: _Scene, base: MountStat) -> set[bytes]:
+    """Where, within its filesystem, shields stand on a base."""
+    shield = container.baseline.shield_dev
+    return {
+        path_in_fs(base, m.point)
+        for m in _welded_on(container, scene, base)
+        if m.dev == shield and m.root.startswith(b"/shield")
+    }
 
 
 def _base_of(container: Container, scene: _Scene, found: MountStat) -> int:

@@ -11,7 +11,7 @@ struct mount_info {
 	char strings[2 * PATH_MAX];
 };
 
-static int enter(const struct ix_call *call)
+int ix_enter(const struct ix_call *call)
 {
 	/* setns demands a root and working directory of one's own, and a thread just started by this one still shares
 	 * them until it runs; when nobody does, this costs nothing. */
@@ -20,7 +20,7 @@ static int enter(const struct ix_call *call)
 	return ix_result(setns(call->mntns, CLONE_NEWNS));
 }
 
-static void leave(void)
+void ix_leave(void)
 {
 	/* A thread that cannot come home would keep the container's mounts alive: better none. */
 	if (setns(ix_guard_state.home, CLONE_NEWNS) < 0)
@@ -207,11 +207,13 @@ struct ix_reply ix_act(struct ix_call *call, const struct ix_answer *answer, int
 	struct ix_reply reply;
 	if (answer->act == IX_ACT_CONTINUE)
 		return ix_let_kernel_run("the daemon's verdict");
+	if (answer->act == IX_ACT_GIVE && fd >= 0)
+		return (struct ix_reply){.outcome = IX_HANDLED, .give = ix_take_fd(&fd) + 1};
 	if (answer->act == IX_ACT_ERROR)
 		return ix_deny(answer->error > 0 && answer->error < 4096 ? answer->error : EIO);
 	if ((answer->act == IX_ACT_SWAP || answer->act == IX_ACT_ATTACH) && fd < 0)
 		return ix_deny(EIO);
-	if (enter(call) < 0)
+	if (ix_enter(call) < 0)
 		return ix_let_kernel_run("the caller's mount namespace is gone");
 	switch (answer->act) {
 	case IX_ACT_DETACH:
@@ -229,7 +231,7 @@ struct ix_reply ix_act(struct ix_call *call, const struct ix_answer *answer, int
 	default:
 		reply = ix_deny(EIO);
 	}
-	leave();
+	ix_leave();
 	return reply;
 }
 
@@ -268,10 +270,21 @@ static struct ix_reply bind_in_namespace(struct ix_call *call, int source)
 /* A bind that is not recursive, of something with welded submounts below: they come along, nothing else does. */
 struct ix_reply ix_act_bind(struct ix_call *call, int source)
 {
-	if (enter(call) < 0)
+	if (ix_enter(call) < 0)
 		return ix_let_kernel_run("the caller's mount namespace is gone");
 	struct ix_reply reply = bind_in_namespace(call, source);
-	leave();
+	ix_leave();
+	return reply;
+}
+
+struct ix_reply ix_act_attach_held(struct ix_call *call, int tree, uint64_t mnt_id, int to, unsigned int flags)
+{
+	if (ix_enter(call) < 0)
+		return ix_let_kernel_run("the caller's mount namespace is gone");
+	struct ix_reply reply = begin(call, IX_ACT_ATTACH, 0, mnt_id)
+					? finish(call, ix_move_mount(tree, "", to, "", EFFECT_FLAGS | flags))
+					: ix_deny(EINTR);
+	ix_leave();
 	return reply;
 }
 
@@ -284,7 +297,7 @@ bool ix_act_recover(struct ix_call *call, int *result)
 		*result = slot->result;
 		return true;
 	}
-	if (slot->phase != IX_PHASE_ACTING || enter(call) < 0)
+	if (slot->phase != IX_PHASE_ACTING || ix_enter(call) < 0)
 		return false;
 	bool there = slot->there_id && mount_info(slot->there_id, &info) == 0;
 	bool gone = slot->gone_id && mount_info(slot->gone_id, &info) == -ENOENT;
@@ -293,7 +306,7 @@ bool ix_act_recover(struct ix_call *call, int *result)
 		if (old >= 0)
 			detach(old);
 	}
-	leave();
+	ix_leave();
 	*result = 0;
 	return slot->act == IX_ACT_DETACH ? gone : there;
 }

@@ -57,6 +57,9 @@ int ix_chroot_fd(int fd);
 int ix_fresh_mount(const char *fstype, int pidns_fd, int netns_fd, const char *const *key_values,
 		   unsigned int attrs, int *step);
 
+/* A context of procfs or sysfs for another's namespaces, as fsopen(2) would give it to a process in there. */
+int ix_fsopen_for(const char *fstype, int pidns_fd, int netns_fd, int *step);
+
 /* The standing welder: the calling process leaves for a user and mount namespace of its own, in which the shared
  * mount at `staging` is received by propagation, and answers each byte on `sock` with a welded clone of what stands
  * at `staging`/w. Returns only on end of file or failure. */
@@ -79,6 +82,9 @@ enum ix_op {
 	IX_OP_DETACH = 2,      /* the same with MNT_DETACH */
 	IX_OP_MOVE = 3,        /* descriptors: mount namespace, source */
 	IX_OP_REMOUNT = 4,     /* descriptors: mount namespace, target */
+	IX_OP_FSMOUNT = 6,     /* descriptors: mount namespace, filesystem context */
+	IX_OP_FSOPEN = 8,      /* descriptors: PID namespace, network namespace */
+	IX_OP_OPEN_TREE = 7,   /* descriptors: mount namespace, what is to be cloned */
 	IX_OP_NEW = 5          /* descriptors: mount namespace, PID namespace, network namespace */
 };
 
@@ -88,6 +94,7 @@ enum ix_act {
 	IX_ACT_DETACH = 2,     /* unmount the target lazily, with all that is welded to it */
 	IX_ACT_SWAP = 3,       /* put the composite (one descriptor) in the place of the base `base_id` */
 	IX_ACT_ATTACH = 4,     /* attach the composite (one descriptor) at the target */
+	IX_ACT_GIVE = 6,       /* the composite (one descriptor) is what the call returns */
 	IX_ACT_FLAGS = 5       /* carry the read-only flag over to the welded mounts `ids`, then the kernel runs the call */
 };
 

@@ -175,6 +175,22 @@ static void forget(struct ix_slot *slot)
 	memset(slot->notif, 0, sizeof(slot->notif));
 }
 
+/* Puts a descriptor into the caller's table and ends its call with the number, in one step (5.14+). */
+static int give(const struct ix_call *call, const struct ix_reply *reply)
+{
+	struct seccomp_notif_addfd add = {
+		.id = call->id,
+		.flags = SECCOMP_ADDFD_FLAG_SEND,
+		.srcfd = (uint32_t)(reply->give - 1),
+		.newfd_flags = reply->give_cloexec ? O_CLOEXEC : 0,
+	};
+	int r;
+	do
+		r = ioctl(call->listener_fd, SECCOMP_IOCTL_NOTIF_ADDFD, &add);
+	while (r < 0 && errno == EINTR);
+	return r;
+}
+
 static void send_reply(struct ix_call *call, const struct ix_reply *reply)
 {
 	struct seccomp_notif n = *notif_of(call->slot);
@@ -183,11 +199,14 @@ static void send_reply(struct ix_call *call, const struct ix_reply *reply)
 		resp.flags = SECCOMP_USER_NOTIF_FLAG_CONTINUE;
 	else
 		resp.error = -reply->error;
-	int r;
-	do
-		r = ioctl(call->listener_fd, SECCOMP_IOCTL_NOTIF_SEND, &resp);
-	while (r < 0 && errno == EINTR);
-	if (r == 0)
+	int r = -1;
+	if (reply->give > 0 && reply->error == 0) {
+		r = give(call, reply);
+		resp.error = -EMFILE;  /* what is left to say if the caller's table is full */
+	}
+	while (r < 0 && (r = ioctl(call->listener_fd, SECCOMP_IOCTL_NOTIF_SEND, &resp)) < 0 && errno == EINTR)
+		;
+	if (r >= 0)
 		return;
 	count(&ix_guard_state.journal->lost);
 	if (reply->outcome == IX_HANDLED && call->slot->phase == IX_PHASE_ACTED)
@@ -216,6 +235,8 @@ static void serve_call(struct ix_listener *listener, struct ix_slot *slot, bool 
 	ix_close_fd(&call.question->answer_fd);
 	call.question->answer_fd = -1;
 	send_reply(&call, &reply);
+	if (reply.give > 0)
+		close(reply.give - 1);
 	record(reply.outcome, now_ns() - start);
 	if (overloaded)
 		count(&ix_guard_state.journal->overloaded);

@@ -62,6 +62,8 @@ enum ix_outcome { IX_CONTINUED, IX_DENIED, IX_HANDLED };
 struct ix_reply {
 	enum ix_outcome outcome;
 	int error;                     /* positive errno, 0 for success; unused with IX_CONTINUED */
+	int give;                      /* 1 + a descriptor that the call returns to the caller, which is closed here; 0: none */
+	bool give_cloexec;
 	const char *reason;            /* why the kernel may run the call: written down for every such answer */
 };
 
@@ -90,9 +92,20 @@ void ix_cache_put(uint64_t mnt_id, enum ix_op op, int error);
 void ix_cache_flush(void);
 /* handle.c */
 struct ix_reply ix_handle(struct ix_call *call, uint32_t arch, int nr);
+bool ix_is_ours(int fd, const struct ix_stat *st);
+bool ix_open_mount_namespace(struct ix_call *call);
+struct ix_reply ix_decide(struct ix_call *call, enum ix_op op, int fd, const struct ix_stat *st, uint64_t flags);
+/* newapi.c */
+struct ix_reply ix_handle_fsopen(struct ix_call *call);
+struct ix_reply ix_handle_fsmount(struct ix_call *call);
+struct ix_reply ix_handle_open_tree(struct ix_call *call, bool with_attr);
+struct ix_reply ix_handle_move_mount(struct ix_call *call);
 /* act.c */
+int ix_enter(const struct ix_call *call);
+void ix_leave(void);
 struct ix_reply ix_act(struct ix_call *call, const struct ix_answer *answer, int fd);
 struct ix_reply ix_act_bind(struct ix_call *call, int source);
+struct ix_reply ix_act_attach_held(struct ix_call *call, int tree, uint64_t mnt_id, int to, unsigned int flags);
 bool ix_act_recover(struct ix_call *call, int *result);
 /* caller.c */
 int ix_read_string(int tid, uint64_t address, char *out, size_t size);

@@ -4,7 +4,8 @@
 #include <linux/audit.h>
 #include <linux/capability.h>
 
-enum family { FAMILY_UNKNOWN, FAMILY_MOUNT, FAMILY_UMOUNT, FAMILY_UMOUNT_OLD, FAMILY_NEW_API };
+enum family { FAMILY_UNKNOWN, FAMILY_MOUNT, FAMILY_UMOUNT, FAMILY_UMOUNT_OLD,
+	FAMILY_FSOPEN, FAMILY_FSMOUNT, FAMILY_OPEN_TREE, FAMILY_OPEN_TREE_ATTR, FAMILY_MOVE_MOUNT };
 
 struct syscall_row {
 	uint32_t arch;
@@ -26,15 +27,19 @@ enum { COMPAT_MOUNT = 21, COMPAT_UMOUNT = -1, COMPAT_UMOUNT2 = 52 };
 static const struct syscall_row syscalls[] = {
 	{ARCH_NATIVE, SYS_umount2, FAMILY_UMOUNT},
 	{ARCH_NATIVE, SYS_mount, FAMILY_MOUNT},
-	{ARCH_NATIVE, SYS_open_tree, FAMILY_NEW_API},
-	{ARCH_NATIVE, SYS_move_mount, FAMILY_NEW_API},
-	{ARCH_NATIVE, SYS_fsmount, FAMILY_NEW_API},
+	{ARCH_NATIVE, SYS_open_tree, FAMILY_OPEN_TREE},
+	{ARCH_NATIVE, SYS_open_tree_attr, FAMILY_OPEN_TREE_ATTR},
+	{ARCH_NATIVE, SYS_move_mount, FAMILY_MOVE_MOUNT},
+	{ARCH_NATIVE, SYS_fsopen, FAMILY_FSOPEN},
+	{ARCH_NATIVE, SYS_fsmount, FAMILY_FSMOUNT},
 	{ARCH_COMPAT, COMPAT_UMOUNT2, FAMILY_UMOUNT},
 	{ARCH_COMPAT, COMPAT_MOUNT, FAMILY_MOUNT},
 	{ARCH_COMPAT, COMPAT_UMOUNT, FAMILY_UMOUNT_OLD},
-	{ARCH_COMPAT, SYS_open_tree, FAMILY_NEW_API},
-	{ARCH_COMPAT, SYS_move_mount, FAMILY_NEW_API},
-	{ARCH_COMPAT, SYS_fsmount, FAMILY_NEW_API},
+	{ARCH_COMPAT, SYS_open_tree, FAMILY_OPEN_TREE},
+	{ARCH_COMPAT, SYS_open_tree_attr, FAMILY_OPEN_TREE_ATTR},
+	{ARCH_COMPAT, SYS_move_mount, FAMILY_MOVE_MOUNT},
+	{ARCH_COMPAT, SYS_fsopen, FAMILY_FSOPEN},
+	{ARCH_COMPAT, SYS_fsmount, FAMILY_FSMOUNT},
 };
 
 static enum family family_of(uint32_t arch, int nr)
@@ -56,7 +61,7 @@ static int resolve_target(struct ix_call *call, bool follow)
 	return ix_statx(call->target, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &call->target_stat);
 }
 
-static bool open_mount_namespace(struct ix_call *call)
+bool ix_open_mount_namespace(struct ix_call *call)
 {
 	if (call->mntns < 0)
 		call->mntns = ix_open_caller(ix_guard_state.proc, call->tid, "ns/mnt", O_RDONLY);
@@ -64,7 +69,7 @@ static bool open_mount_namespace(struct ix_call *call)
 }
 
 /* Whether the object belongs to something we put there: a base, the view, a shield or a masked path. */
-static bool is_ours(int fd, const struct ix_stat *st)
+bool ix_is_ours(int fd, const struct ix_stat *st)
 {
 	const struct ix_guard_config *c = &ix_guard_state.config;
 	uint64_t magic;
@@ -77,7 +82,7 @@ static bool is_ours(int fd, const struct ix_stat *st)
 }
 
 /* From the cache, from what the mount is, or from the daemon. */
-static struct ix_reply decide(struct ix_call *call, enum ix_op op, int fd, const struct ix_stat *st, uint64_t flags)
+struct ix_reply ix_decide(struct ix_call *call, enum ix_op op, int fd, const struct ix_stat *st, uint64_t flags)
 {
 	int error;
 	int known = ix_cache_get(st->mnt_id, op, &error);
@@ -87,11 +92,11 @@ static struct ix_reply decide(struct ix_call *call, enum ix_op op, int fd, const
 			return ix_let_kernel_run("cached verdict");
 		return ix_caller_has_cap(call->tid, CAP_SYS_ADMIN) ? ix_deny(error) : ix_let_kernel_run("EPERM is the kernel's");
 	}
-	if (!is_ours(fd, st)) {
+	if (!ix_is_ours(fd, st)) {
 		ix_cache_put(st->mnt_id, op, 0);
 		return ix_let_kernel_run("a mount of the container's own");
 	}
-	if (!open_mount_namespace(call) || !ix_caller_rules(call, call->mntns))
+	if (!ix_open_mount_namespace(call) || !ix_caller_rules(call, call->mntns))
 		return ix_let_kernel_run("the caller lacks the right: EPERM is the kernel's");
 	struct ix_ask ask = {.type = IX_MSG_ASK, .op = op, .mnt_id = st->mnt_id, .flags = flags, .tid = call->tid};
 	int fds[] = {call->mntns, fd};
@@ -118,14 +123,14 @@ static struct ix_reply handle_umount(struct ix_call *call, uint64_t flags)
 	if (!call->target_stat.mount_root)
 		return ix_let_kernel_run("no mount: EINVAL is the kernel's");
 	enum ix_op op = flags & MNT_DETACH ? IX_OP_DETACH : IX_OP_UMOUNT;
-	return decide(call, op, call->target, &call->target_stat, flags);
+	return ix_decide(call, op, call->target, &call->target_stat, flags);
 }
 
 static struct ix_reply handle_remount(struct ix_call *call, uint64_t flags)
 {
 	if (resolve_target(call, true) < 0 || !call->target_stat.mount_root)
 		return ix_let_kernel_run("no mount: EINVAL is the kernel's");
-	return decide(call, IX_OP_REMOUNT, call->target, &call->target_stat, flags);
+	return ix_decide(call, IX_OP_REMOUNT, call->target, &call->target_stat, flags);
 }
 
 static struct ix_reply handle_bind(struct ix_call *call)
@@ -136,9 +141,9 @@ static struct ix_reply handle_bind(struct ix_call *call)
 	cleanup_close int source = ix_resolve(ix_guard_state.proc, call->tid, AT_FDCWD, call->text, true);
 	if (source < 0 || ix_statx(source, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0)
 		return ix_let_kernel_run("a source that does not resolve");
-	if (!S_ISDIR(st.mode) || !is_ours(source, &st))
+	if (!S_ISDIR(st.mode) || !ix_is_ours(source, &st))
 		return ix_let_kernel_run("nothing welded can be below");
-	if (!open_mount_namespace(call) || !ix_caller_rules(call, call->mntns))
+	if (!ix_open_mount_namespace(call) || !ix_caller_rules(call, call->mntns))
 		return ix_let_kernel_run("the caller lacks the right: EPERM is the kernel's");
 	if (resolve_target(call, true) < 0)
 		return ix_let_kernel_run("a target that does not resolve");
@@ -153,7 +158,7 @@ static struct ix_reply handle_move(struct ix_call *call)
 	cleanup_close int source = ix_resolve(ix_guard_state.proc, call->tid, AT_FDCWD, call->text, true);
 	if (source < 0 || ix_statx(source, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0 || !st.mount_root)
 		return ix_let_kernel_run("no mount to move: EINVAL is the kernel's");
-	return decide(call, IX_OP_MOVE, source, &st, 0);
+	return ix_decide(call, IX_OP_MOVE, source, &st, 0);
 }
 
 static bool token_is(const char *token, size_t length, const char *word)
@@ -222,7 +227,7 @@ static struct ix_reply ask_for_composite(struct ix_call *call, struct ix_ask *as
 {
 	cleanup_close int pidns = ix_open_caller(ix_guard_state.proc, call->tid, "ns/pid", O_RDONLY);
 	cleanup_close int netns = ix_open_caller(ix_guard_state.proc, call->tid, "ns/net", O_RDONLY);
-	if (pidns < 0 || netns < 0 || !open_mount_namespace(call))
+	if (pidns < 0 || netns < 0 || !ix_open_mount_namespace(call))
 		return ix_let_kernel_run("the caller is gone");
 	/* mount_capable() of fs/super.c asks for the right over the owner of the filesystem's namespace as well. */
 	if (!ix_caller_rules(call, call->mntns) || !ix_caller_rules(call, ask->kind == 1 ? pidns : netns))
@@ -289,8 +294,16 @@ struct ix_reply ix_handle(struct ix_call *call, uint32_t arch, int nr)
 		return handle_umount(call, call->args[1] & UINT32_MAX);
 	case FAMILY_UMOUNT_OLD:
 		return handle_umount(call, 0);
-	case FAMILY_NEW_API:
-		return ix_let_kernel_run("the kernel refuses what would reveal");
+	case FAMILY_FSOPEN:
+		return ix_handle_fsopen(call);
+	case FAMILY_FSMOUNT:
+		return ix_handle_fsmount(call);
+	case FAMILY_OPEN_TREE:
+		return ix_handle_open_tree(call, false);
+	case FAMILY_OPEN_TREE_ATTR:
+		return ix_handle_open_tree(call, true);
+	case FAMILY_MOVE_MOUNT:
+		return ix_handle_move_mount(call);
 	case FAMILY_UNKNOWN:
 		break;
 	}

@@ -80,10 +80,15 @@ static int open_sysfs(const char *fstype, int netns_fd, int *step)
 	return context;
 }
 
+int ix_fsopen_for(const char *fstype, int pidns_fd, int netns_fd, int *step)
+{
+	return netns_fd >= 0 ? open_sysfs(fstype, netns_fd, step) : open_procfs(fstype, pidns_fd, step);
+}
+
 int ix_fresh_mount(const char *fstype, int pidns_fd, int netns_fd, const char *const *key_values,
 		   unsigned int attrs, int *step)
 {
-	cleanup_close int context = netns_fd >= 0 ? open_sysfs(fstype, netns_fd, step) : open_procfs(fstype, pidns_fd, step);
+	cleanup_close int context = ix_fsopen_for(fstype, pidns_fd, netns_fd, step);
 	if (context < 0)
 		return context;
 	*step = 4;

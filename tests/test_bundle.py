@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any
-
-import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from integration.containers import bundle as oci
-from interceptor.oci.seccomp import oci_fragment
 
 SAMPLE = oci.Bundle(
     rootfs="/run/example/merged",
@@ -26,13 +20,6 @@ SAMPLE = oci.Bundle(
     create_runtime=(("/usr/bin/interceptor-hook", "--socket", "/run/example/control.sock", "createRuntime"),),
     poststop=(("/usr/bin/interceptor-hook", "--socket", "/run/example/control.sock", "poststop"),),
 )
-
-
-def traps_mount(flags: int) -> bool:
-    """Decide as the kernel would decide with the rules for mount(2): one that matches is enough."""
-    rules = oci.seccomp("/s", "", "x86_64")["syscalls"]
-    matches = [rule["args"][0] for rule in rules if "mount" in rule["names"]]
-    return any(flags & one["value"] == one["valueTwo"] for one in matches)
 
 
 def destinations(config: oci.Json) -> list[str]:
@@ -91,44 +78,3 @@ def test_systemd_is_told_where_to_say_that_it_is_ready() -> None:
     config = oci.config(SAMPLE)
     assert f"NOTIFY_SOCKET={oci.NOTIFY_INSIDE}" in config["process"]["env"]
     assert oci.NOTIFY_INSIDE in destinations(config)
-
-
-@pytest.mark.parametrize(
-    ("flags", "trapped"),
-    [
-        (0, True),
-        (oci.MS_BIND, True),
-        (oci.MS_BIND | oci.MS_SHARED, True),
-        (oci.MS_REMOUNT | oci.MS_PRIVATE, True),
-        (oci.MS_MGC_VAL, True),
-        (oci.MS_SHARED, False),
-        (oci.MS_SLAVE | 0x4000, False),
-        (oci.MS_PRIVATE | 0x4000 | 0x8000, False),
-    ],
-)
-def test_only_pure_changes_of_propagation_pass_untrapped(flags: int, trapped: bool) -> None:
-    assert traps_mount(flags) is trapped
-
-
-@given(st.integers(0, (1 << 32) - 1))
-def test_whatever_the_kernel_does_not_take_for_a_propagation_change_is_trapped(flags: int) -> None:
-    effective = flags & ~oci.MS_MGC_MSK if flags & oci.MS_MGC_MSK == oci.MS_MGC_VAL else flags
-    only_propagation = bool(effective & oci.MS_PROPAGATION) and not effective & (oci.MS_REMOUNT | oci.MS_BIND)
-    assert traps_mount(flags) or only_propagation
-
-
-@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-def test_rules_written_by_hand_are_those_that_the_product_hands_out(machine: str) -> None:
-    def flattened(profile: Any) -> set[tuple[str, str]]:
-        return {
-            (name, json.dumps(rule.get("args", []), sort_keys=True))
-            for rule in profile["syscalls"]
-            for name in rule["names"]
-        }
-
-    ours = oci.seccomp("/run/s", "example", machine)
-    theirs: Any = oci_fragment("/run/s", "example", machine)
-    assert flattened(ours) == flattened(theirs)
-    assert {key: ours[key] for key in ours if key != "syscalls"} == {
-        key: theirs[key] for key in theirs if key != "syscalls"
-    }

@@ -23,7 +23,6 @@ from interceptor.spawn.create import FIRST_ID, spawn
 from tests import guarded as inside
 
 pytestmark = pytest.mark.root
-pytest_plugins = ["tests.guarded"]
 
 NAMESPACES = ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup")
 

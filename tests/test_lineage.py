@@ -97,6 +97,13 @@ def test_a_clone_of_a_directory_of_a_base_carries_welded_submounts() -> None:
     assert classify(space.chain(cover), baseline, space.number) is MountClass.COPIED_SUBMOUNT
     found = welded_to(space.chain(cover), PLAN)
     assert found is not None and found.mnt_id == directory.mnt_id
+    assert classify(space.chain(directory), baseline, space.number) is MountClass.COPIED_BASE
+
+
+def test_a_clone_of_a_directory_without_managed_paths_is_free() -> None:
+    space, baseline = container()
+    directory = space.add(b"/mnt", space.at(b"/"), fstype=b"sysfs", dev=(0, 51), root=b"/class")
+    assert classify(space.chain(directory), baseline, space.number) is MountClass.FREE
 
 
 def test_a_masked_path_inside_the_view_is_welded_to_the_base() -> None:

@@ -39,6 +39,8 @@ ARCHES = [
     for name, arch, numbers in table
 ]
 
+#: The same on every architecture.
+NEW_API = {"open_tree": 428, "move_mount": 429, "fsopen": 430, "fsmount": 432}
 MS_RDONLY, MS_NOSUID, MS_REMOUNT, MS_BIND, MS_MOVE, MS_REC = 1, 2, 0x20, 0x1000, 0x2000, 0x4000
 MS_UNBINDABLE, MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 17, 1 << 18, 1 << 19, 1 << 20
 MGC = 0xC0ED0000
@@ -148,13 +150,32 @@ def test_mount_is_let_through_exactly_where_the_kernel_only_changes_propagation(
     assert run(seccomp.program(machine), arch, numbers["mount"], (1, 2, 3, flags, 4)) == expected
 
 
+@pytest.mark.parametrize(("machine", "arch", "numbers"), ARCHES)
+def test_of_the_new_api_only_what_makes_or_moves_a_mount_notifies(
+    machine: str, arch: int, numbers: dict[str, int]
+) -> None:
+    program = seccomp.program(machine)
+    base = X32_BIT if any(n & X32_BIT for n in numbers.values()) else 0
+    for name in ("fsopen", "fsmount", "move_mount"):
+        assert run(program, arch, base + NEW_API[name]) == NOTIFY, name
+    clone, recursive, cloexec = 1, 0x8000, 0x80000
+    for flags, answer in {
+        0: ALLOW,
+        cloexec: ALLOW,
+        clone | recursive: ALLOW,
+        clone: NOTIFY,
+        clone | cloexec | 0x1000: NOTIFY,
+    }.items():
+        assert run(program, arch, base + NEW_API["open_tree"], (0, 0, flags)) == answer, hex(flags)
+
+
 @pytest.mark.parametrize("machine", TABLES)
 def test_nothing_else_is_trapped_or_refused(machine: str) -> None:
     program = seccomp.program(machine)
     for _, arch, numbers in TABLES[machine]:
         base = X32_BIT if any(n & X32_BIT for n in numbers.values()) else 0
         for number in range(base, base + 600):
-            if number not in numbers.values():
+            if number not in numbers.values() and number - base not in NEW_API.values():
                 assert run(program, arch, number, (0, 0, 0, 0)) == ALLOW, (hex(arch), number)
 
 
@@ -166,7 +187,9 @@ def test_fragment_says_the_same_as_the_program() -> None:
     assert "listenerMetadata" not in fragment
     syscalls = fragment["syscalls"]
     assert isinstance(syscalls, list)
-    assert {tuple(entry["names"]) for entry in syscalls} == {("mount",), ("umount",), ("umount2",)}
+    old = {("mount",), ("umount",), ("umount2",)}
+    new = {("fsopen",), ("fsmount",), ("move_mount",), ("open_tree",)}
+    assert {tuple(entry["names"]) for entry in syscalls} == old | new
     assert {entry["action"] for entry in syscalls} == {"SCMP_ACT_NOTIFY"}
     masks = {(a["index"], a["value"], a["valueTwo"]) for e in syscalls for a in e.get("args", [])}
     assert masks == {tuple(rule.match) for rule in seccomp.RULES if rule.match}

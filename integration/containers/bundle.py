@@ -1,6 +1,6 @@
 """The bundle of the quickstart's container: an OCI ``config.json`` as plain data, without side effects.
 
-Sources: OCI runtime specification 1.0.2, config.md and config-linux.md; seccomp(2) for the argument filters.
+Sources: OCI runtime specification 1.0.2, config.md and config-linux.md.
 """
 
 from __future__ import annotations
@@ -9,25 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from interceptor.oci.seccomp import oci_fragment
+
 #: A JSON object as it goes into config.json.
 Json = dict[str, Any]
-
-# mount(2) flags, linux/mount.h.
-MS_REMOUNT = 0x20
-MS_BIND = 0x1000
-MS_UNBINDABLE = 1 << 17
-MS_PRIVATE = 1 << 18
-MS_SLAVE = 1 << 19
-MS_SHARED = 1 << 20
-MS_MGC_VAL = 0xC0ED0000
-MS_MGC_MSK = 0xFFFF0000
-MS_PROPAGATION = MS_SHARED | MS_PRIVATE | MS_SLAVE | MS_UNBINDABLE
-
-#: Calls of other architectures that a kernel of this machine takes from a process, by ``uname -m``.
-ARCHITECTURES: Mapping[str, Sequence[str]] = {
-    "x86_64": ("SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"),
-    "aarch64": ("SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"),
-}
 
 #: linux/capability.h, by number; a container gets those that its creator's bounding set has.
 CAPABILITIES = [
@@ -129,7 +114,7 @@ def config(bundle: Bundle) -> Json:
         "rootfsPropagation": "private",
     }
     if bundle.listener is not None:
-        linux["seccomp"] = seccomp(bundle.listener, bundle.listener_metadata, bundle.machine)
+        linux["seccomp"] = oci_fragment(bundle.listener, bundle.listener_metadata, bundle.machine)
     result: Json = {
         "ociVersion": "1.0.2",
         "hostname": bundle.hostname,
@@ -201,37 +186,6 @@ def mounts(bundle: Bundle) -> list[Json]:
     if bundle.notify is not None:
         result.append(_mount("bind", bundle.notify, NOTIFY_INSIDE, ["bind", "rw"]))
     result += [_mount("bind", device.path, device.path, ["bind", "rw"]) for device in bundle.devices]
-    return result
-
-
-def seccomp(listener: str, metadata: str, machine: str) -> Json:
-    """Return ``linux.seccomp``: everything is allowed, and what may touch a view asks the listener.
-
-    A pure change of propagation is never trapped: it reveals nothing. ``mount`` therefore has four rules, of which one
-    must match: no propagation flag at all, a remount, a bind (the kernel dispatches in this order: fs/namespace.c,
-    path_mount), or the magic number of Linux before 2.4, whose half of the flags the kernel then ignores. ``umount`` is
-    the old call of i386; libseccomp knows where it exists.
-    """
-    notify = "SCMP_ACT_NOTIFY"
-    flags = [(MS_PROPAGATION, 0), (MS_REMOUNT, MS_REMOUNT), (MS_BIND, MS_BIND), (MS_MGC_MSK, MS_MGC_VAL)]
-    rules: list[Json] = [{"names": ["umount2", "umount"], "action": notify}]
-    rules += [
-        {
-            "names": ["mount"],
-            "action": notify,
-            "args": [{"index": 3, "op": "SCMP_CMP_MASKED_EQ", "value": mask, "valueTwo": value}],
-        }
-        for mask, value in flags
-    ]
-    result: Json = {
-        "defaultAction": "SCMP_ACT_ALLOW",
-        "listenerPath": listener,
-        "syscalls": rules,
-    }
-    if metadata:
-        result["listenerMetadata"] = metadata
-    if machine in ARCHITECTURES:
-        result["architectures"] = list(ARCHITECTURES[machine])
     return result
 
 

@@ -21,6 +21,9 @@ class Op(enum.IntEnum):
     MOVE = lib.IX_OP_MOVE
     REMOUNT = lib.IX_OP_REMOUNT
     NEW = lib.IX_OP_NEW
+    FSMOUNT = lib.IX_OP_FSMOUNT
+    OPEN_TREE = lib.IX_OP_OPEN_TREE
+    FSOPEN = lib.IX_OP_FSOPEN
 
 
 class Act(enum.IntEnum):
@@ -32,10 +35,11 @@ class Act(enum.IntEnum):
     SWAP = lib.IX_ACT_SWAP
     ATTACH = lib.IX_ACT_ATTACH
     FLAGS = lib.IX_ACT_FLAGS
+    GIVE = lib.IX_ACT_GIVE
 
 
 MAX_IDS: int = lib.IX_MAX_IDS
-_FD_COUNT = {Op.UMOUNT: 2, Op.DETACH: 2, Op.MOVE: 2, Op.REMOUNT: 2, Op.NEW: 3}
+_FD_COUNT = {Op.NEW: 3}
 _ASK_SIZE: int = ffi.sizeof("struct ix_ask")
 _NOTE_SIZE: int = ffi.sizeof("struct ix_note")
 
@@ -67,7 +71,7 @@ class Ready:
 
 @dataclass
 class Answer:
-    """A verdict; ``tree`` is the composite handed over with SWAP and ATTACH."""
+    """A verdict; ``tree`` is the composite handed over with SWAP, ATTACH and GIVE."""
 
     act: Act
     error: int = 0
@@ -165,7 +169,12 @@ def _decode(data: bytes, fds: list[OwnedFd]) -> Ask | Ready:
         op = Op(record.op)
     except ValueError:
         raise ProtocolError(f"a guard asks about operation {record.op}") from None
-    if record.type != lib.IX_MSG_ASK or len(fds) != _FD_COUNT[op] or record.kind > 2 or record.hidepid > 4:
+    if (
+        record.type != lib.IX_MSG_ASK
+        or len(fds) != _FD_COUNT.get(op, 2)
+        or record.kind > 2
+        or record.hidepid > 4
+    ):
         raise ProtocolError(f"a guard's question about {op.name} is malformed")
     source = bytes(ffi.buffer(record.source)).split(b"\0", 1)[0]
     return Ask(

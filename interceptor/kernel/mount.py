@@ -121,6 +121,19 @@ def fresh_mount(
     return OwnedFd(result)
 
 
+def fsopen_for(
+    fstype: bytes, *, pid_namespace: FdLike | None = None, network_namespace: FdLike | None = None
+) -> OwnedFd:
+    """A context of procfs or sysfs for the PID or network namespace given, as fsopen(2) would give it in there."""
+    step = ffi.new("int *")
+    pid = -1 if pid_namespace is None else c_fd(pid_namespace)
+    net = -1 if network_namespace is None else c_fd(network_namespace)
+    result = lib.ix_fsopen_for(fstype, pid, net, step)
+    if result < 0:
+        raise SyscallError(-result, f"{_STEPS[step[0]]} of a new {fstype.decode()}")
+    return OwnedFd(result)
+
+
 def mount_setattr(
     dirfd: FdLike,
     path: Path = b"",

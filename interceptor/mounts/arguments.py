@@ -19,6 +19,8 @@ _SUPERBLOCK = (
     (MountFlag.MS_DIRSYNC, b"dirsync"),
     (MountFlag.MS_LAZYTIME, b"lazytime"),
 )
+#: Attributes that can be set and cleared one by one, in mount(2) and in fsmount(2) alike.
+SIMPLE_ATTRIBUTES = sum(attribute.value for _, attribute in _SIMPLE)
 
 
 @dataclass(frozen=True, slots=True)

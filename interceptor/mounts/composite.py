@@ -6,7 +6,7 @@ import errno
 import os
 import stat as stat_module
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from interceptor.errors import SyscallError
@@ -150,30 +150,32 @@ class Composer:
             pid_namespace=pid_namespace if new.fstype == b"proc" else None,
             network_namespace=network_namespace if new.fstype == b"sysfs" else None,
         )
+        return self.over(base, new.fstype, material, simple_attributes(new.flags))
+
+    def over(self, base: OwnedFd, fstype: bytes, material: Material, attributes: int) -> OwnedFd:
+        """A welded composite on a bare, detached base, which is used up; ``attributes`` as `MountAttr` bits.
+
+        They are set after the weld, so that the container can clear again what it asked for itself.
+        """
         bare = material.keep_bare(stat.statx(base).dev, base)
-        covers = material.plan.of(new.fstype)
-        welded = self.composite(bare.clone(), b"", new.fstype, material, covers, bare)
-        # Set after the weld, so that the container can clear again what it asked for itself.
-        attributes = simple_attributes(new.flags)
+        welded = self.composite(bare.clone(), b"", fstype, material, material.plan.of(fstype), bare)
         if attributes:
             mount.mount_setattr(welded, set_=attributes, recursive=True)
         return welded
 
     def again(
-        self, base: stat.MountStat, shielded: Mapping[bytes, bool], material: Material
+        self, base: stat.MountStat, inside: bytes, shielded: Collection[bytes], material: Material
     ) -> OwnedFd | None:
-        """A welded composite like ``base``, with shields at the paths given; None if no bare clone of it is kept.
-
-        ``base`` may be a clone of a directory of a base: then the composite is of that directory.
+        """A welded composite like ``base``, from the path ``inside`` its filesystem on (empty: all of it), with shields
+        at the paths given; None if no bare clone of it is kept.
         """
         bare = material.bare.get(base.dev)
         if bare is None:
             return None
-        inside = base.root.strip(b"/")
         tree = bare.clone(inside)
         mount.mount_setattr(tree, set_=base.attributes, clear=MOUNT_ATTR__ATIME)
         covers = [
-            Covered(c.path, Cover.SHIELD, c.readonly) if shielded.get(c.path) else c
+            Covered(c.path, Cover.SHIELD, c.readonly) if c.path in shielded else c
             for c in material.plan.of(base.fstype)
             if not _hidden(c.path, shielded)
         ]
@@ -194,6 +196,6 @@ def _below(path: bytes, inside: bytes) -> bytes:
     return path[len(inside) + 1 :] if inside else path
 
 
-def _hidden(path: bytes, shielded: Mapping[bytes, bool]) -> bool:
+def _hidden(path: bytes, shielded: Collection[bytes]) -> bool:
     """Whether a shield stands above the path: nothing is there any more."""
-    return any(path.startswith(s + b"/") for s, there in shielded.items() if there)
+    return any(path.startswith(s + b"/") for s in shielded)

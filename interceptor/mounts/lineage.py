@@ -83,6 +83,12 @@ def is_base(mount: Mount) -> bool:
     return mount.fstype in BASE_TYPES and mount.root == b"/"
 
 
+def carries_submounts(mount: Mount, plan: Plan) -> bool:
+    """Whether it is a directory of procfs or sysfs with managed paths below: its welded submounts came along."""
+    inside = mount.root.strip(b"/") + b"/"
+    return mount.fstype in BASE_TYPES and any(path.startswith(inside) for path in plan.paths(mount.fstype))
+
+
 def path_in_fs(mount: Mount, point: bytes) -> bytes:
     """The path of ``point``, which lies on ``mount``, within that mount's filesystem; no slash at either end."""
     inside = point[len(mount.point.rstrip(b"/")) :].strip(b"/")
@@ -117,7 +123,7 @@ def classify(chain: Sequence[Mount], baseline: Baseline, namespace: int) -> Moun
         )
     base = welded_to(chain, baseline.plan)
     if base is None:
-        return MountClass.FREE
+        return MountClass.COPIED_BASE if carries_submounts(mount, baseline.plan) else MountClass.FREE
     if mount.dev == baseline.shield_dev and mount.root.startswith(b"/shield"):
         return MountClass.SHIELD
     above = chain[next(i for i, m in enumerate(chain) if m.mnt_id == base.mnt_id) :]

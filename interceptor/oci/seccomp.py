@@ -23,7 +23,11 @@ MS_PROPAGATION = 1 << 17 | 1 << 18 | 1 << 19 | 1 << 20  # MS_UNBINDABLE, MS_PRIV
 MS_MGC_VAL = 0xC0ED0000
 MS_MGC_MSK = 0xFFFF0000
 
+OPEN_TREE_CLONE = 0x1
+AT_RECURSIVE = 0x8000
+
 _MOUNT_FLAGS = 3
+_OPEN_TREE_FLAGS = 2
 
 
 class Match(NamedTuple):
@@ -53,6 +57,11 @@ RULES: tuple[Rule, ...] = (
     # … or the magic number of Linux before 2.4 in its upper half: the kernel then ignores that half, in which the
     # number looks like MS_PRIVATE and MS_SLAVE. Old libmount, busybox and klibc set it on every call.
     Rule("mount", Match(_MOUNT_FLAGS, MS_MGC_MSK, MS_MGC_VAL)),
+    # The mount API of file descriptors. Recursive clones bring the welds along and are never trapped.
+    Rule("fsopen"),
+    Rule("fsmount"),
+    Rule("move_mount"),
+    Rule("open_tree", Match(_OPEN_TREE_FLAGS, OPEN_TREE_CLONE | AT_RECURSIVE, OPEN_TREE_CLONE)),
 )
 
 #: By ``uname -m``, the architectures whose calls such a kernel takes from a process; its own one first.

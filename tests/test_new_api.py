@@ -1,0 +1,174 @@
+"""fsopen, fsmount, open_tree and move_mount in a guarded container: what the kernel refuses there works, welded."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from interceptor.errors import SyscallError
+from interceptor.kernel import mount, process, stat
+from interceptor.kernel.flags import PROC_SUPER_MAGIC, SYSFS_MAGIC, MountAttr
+from interceptor.library import GuardedChild
+from tests.guarded import mounts, raw_below
+
+pytestmark = pytest.mark.root
+FUSE_SUPER_MAGIC = 0x65735546
+PLACE = b"/tmp/place"
+
+
+def magic(dirfd: object, path: bytes) -> int:
+    with process.openat2(dirfd, path, os.O_PATH) as fd:  # type: ignore[arg-type]
+        return stat.fs_magic(fd)
+
+
+def below(place: bytes) -> list[bytes]:
+    return [m.point for m in mounts() if m.point == place or m.point.startswith(place + b"/")]
+
+
+def errno_of_call(call: object) -> int:
+    try:
+        call()  # type: ignore[operator]
+    except SyscallError as error:
+        return error.errno or 0
+    return 0
+
+
+def place() -> bytes:
+    os.makedirs(PLACE, exist_ok=True)
+    return PLACE
+
+
+def test_a_new_procfs_is_a_welded_composite_from_its_first_moment(real_guarded: GuardedChild) -> None:
+    def inside() -> None:
+        tree = mount.new_mount(b"proc", {b"hidepid": b"2"}, MountAttr.MOUNT_ATTR_NOSUID)
+        assert stat.fs_magic(tree) == PROC_SUPER_MAGIC
+        assert magic(tree, b"sys") == magic(tree, b"uptime") == FUSE_SUPER_MAGIC
+        mount.attach(tree, mount.AT_FDCWD, place())
+        assert raw_below(PLACE) == []
+        assert errno_of_call(lambda: mount.umount2(PLACE + b"/sys")) == 0, "a copied submount goes"
+        assert raw_below(PLACE) == []
+        assert errno_of_call(lambda: mount.umount2(PLACE)) == 0
+        assert below(PLACE) == []
+
+    real_guarded.call(inside)
+
+
+def test_a_new_sysfs_is_a_welded_composite(real_guarded: GuardedChild) -> None:
+    def inside() -> None:
+        tree = mount.new_mount(b"sysfs", {})
+        assert stat.fs_magic(tree) == SYSFS_MAGIC
+        assert magic(tree, b"kernel") == magic(tree, b"devices/virtual") == FUSE_SUPER_MAGIC
+        assert os.listdir(os.open("class/net", os.O_RDONLY, dir_fd=tree.fileno())) == ["lo"]
+
+    real_guarded.call(inside)
+
+
+def test_a_procfs_of_an_inner_pid_namespace_shows_that_namespace(real_guarded: GuardedChild) -> None:
+    argv = [
+        "unshare",
+        "--pid",
+        "--fork",
+        "--mount",
+        "sh",
+        "-c",
+        "mount -t proc proc /mnt && cat /mnt/1/comm && ls /mnt",
+    ]
+    shown = real_guarded.run(argv)
+    assert shown.returncode == 0, shown.stderr
+    lines = shown.stdout.split()
+    assert lines[0] == b"sh"
+    assert {int(name) for name in lines[1:] if name.isdigit()} <= {1, 2, 3, 4}
+
+
+def test_attributes_are_those_asked_for_and_can_be_taken_back(real_guarded: GuardedChild) -> None:
+    def inside() -> None:
+        tree = mount.new_mount(b"proc", {}, MountAttr.MOUNT_ATTR_RDONLY | MountAttr.MOUNT_ATTR_NOEXEC)
+        mount.attach(tree, mount.AT_FDCWD, place())
+        found = stat.statmount(stat.statx(mount.AT_FDCWD, PLACE).mnt_id)
+        assert found.attributes & MountAttr.MOUNT_ATTR_RDONLY
+        assert found.attributes & MountAttr.MOUNT_ATTR_NOEXEC
+        tree.close()
+        fd = process.openat2(mount.AT_FDCWD, PLACE, os.O_PATH)
+        mount.mount_setattr(fd, clear=MountAttr.MOUNT_ATTR_RDONLY)
+        mount.umount2(PLACE, 2)
+
+    real_guarded.call(inside)
+
+
+@pytest.mark.parametrize(
+    ("source", "managed"),
+    [(b"/proc", b"sys"), (b"/proc/.", b"uptime"), (b"/sys", b"kernel"), (b"/sys/devices", b"virtual")],
+)
+def test_a_clone_that_is_not_recursive_brings_its_welded_submounts(
+    real_guarded: GuardedChild, source: bytes, managed: bytes
+) -> None:
+    def inside() -> None:
+        tree = mount.clone_mount(mount.AT_FDCWD, source)
+        assert magic(tree, managed) == FUSE_SUPER_MAGIC
+        mount.attach(tree, mount.AT_FDCWD, place())
+        assert len(below(PLACE)) > 1
+        # Nothing but what is welded: the container's own mounts are for recursive clones.
+        assert PLACE + b"/fs/cgroup" not in below(PLACE)
+        tree.close()
+        mount.umount2(PLACE)
+        assert below(PLACE) == []
+
+    real_guarded.call(inside)
+
+
+def test_a_clone_of_ones_own_mount_is_the_kernels(real_guarded: GuardedChild) -> None:
+    def inside() -> None:
+        with mount.clone_mount(mount.AT_FDCWD, b"/tmp") as tree:
+            mount.attach(tree, mount.AT_FDCWD, place())
+        mount.umount2(PLACE)
+        with mount.new_mount(b"tmpfs", {b"size": b"4k"}) as tree:
+            mount.attach(tree, mount.AT_FDCWD, place())
+        mount.umount2(PLACE)
+        assert below(PLACE) == []
+
+    real_guarded.call(inside)
+
+
+def test_originals_do_not_move(real_guarded: GuardedChild) -> None:
+    def inside() -> None:
+        for original in (b"/proc", b"/proc/sys", b"/sys", b"/sys/devices/virtual"):
+            move = lambda: mount.move_mount(mount.AT_FDCWD, original, mount.AT_FDCWD, place())  # noqa: B023, E731
+            assert errno_of_call(move) == errno.EINVAL, original
+        assert below(PLACE) == []
+
+    real_guarded.call(inside)
+
+
+def test_a_detached_tree_ends_with_its_last_descriptor(real_guarded: GuardedChild) -> None:
+    """More of them than a guard holds at once: those that were closed make room."""
+
+    def inside() -> None:
+        for _ in range(300):
+            mount.new_mount(b"proc", {}).close()
+
+    real_guarded.call(inside)
+
+
+def test_a_context_that_the_guard_did_not_give_reveals_nothing(real_guarded: GuardedChild) -> None:
+    def inside() -> None:
+        with process.openat2(mount.AT_FDCWD, b"/proc", os.O_PATH) as fd:
+            # A descriptor that is no context at all.
+            assert errno_of_call(lambda: mount.fsmount(fd)) in (errno.EINVAL, errno.EBADF)
+
+    real_guarded.call(inside)
+
+
+def test_without_the_right_the_errno_is_the_kernels(real_guarded: GuardedChild) -> None:
+    def inside() -> None:
+        os.setresgid(1000, 1000, 1000)
+        os.setresuid(1000, 1000, 1000)
+        assert errno_of_call(lambda: mount.fsopen(b"proc")) == errno.EPERM
+        assert errno_of_call(lambda: mount.clone_mount(mount.AT_FDCWD, b"/proc")) == errno.EPERM
+        assert (
+            errno_of_call(lambda: mount.move_mount(mount.AT_FDCWD, b"/proc", mount.AT_FDCWD, b"/tmp"))
+            == errno.EPERM
+        )
+
+    real_guarded.call(inside)
