@@ -2,12 +2,13 @@
 
     import os
     from interceptor import Interceptor
+
     with Interceptor() as guard:
         with guard.spawn(masked_paths=["/proc/kcore"], network="loopback") as child:
-            print(child.run(["umount", "/proc/sys"]).stderr)                   # an original stays
+            print(child.run(["umount", "/proc/sys"]).stderr)  # an original stays
             print(child.run(["mount", "--bind", "/proc", "/mnt"]).returncode)  # with all that hides what is below
-            print(child.run(["umount", "/mnt/sys"]).returncode)                # a copy goes
-            print(child.call(os.getuid), child.pid, child.cid)                 # functions run inside, too
+            print(child.run(["umount", "/mnt/sys"]).returncode)  # a copy goes
+            print(child.call(os.getuid), child.pid, child.cid)  # functions run inside, too
         with guard.spawn(["sh", "-c", "umount /tmp; exit 3"]) as child:
             print(child.wait(timeout=10), child.stderr)
 
