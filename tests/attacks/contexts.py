@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -11,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from interceptor.kernel import mount as km
+from interceptor.kernel import stat
 from interceptor.kernel.flags import AT_FDCWD, CLONE_NEWNS, CLONE_NEWUSER
 from interceptor.kernel.namespaces import unshare
+from tests.guarded import mount_id_at
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -112,16 +115,27 @@ def jail() -> None:
     os.chroot("/run/jail")
 
 
+def insist(call: Callable[[], object], came_about: Callable[[], bool]) -> None:
+    """Makes a trapped call until it has had its effect: a guard that decides at random may refuse, or lie."""
+    for _ in range(200):
+        with contextlib.suppress(OSError):
+            call()
+        if came_about():
+            return
+    raise AssertionError("200 tries, and no effect")
+
+
 def rbind(source: bytes, target: bytes) -> None:
-    """mount --rbind by calls that are not trapped."""
+    """mount --rbind, whatever the guard answers."""
     with km.clone_mount(AT_FDCWD, source, recursive=True) as tree:
-        km.attach(tree, AT_FDCWD, target)
+        wanted = stat.statx(tree).mnt_id
+        insist(lambda: km.attach(tree, AT_FDCWD, target), lambda: mount_id_at(target) == wanted)
 
 
 def tmpfs(target: bytes) -> None:
-    """mount -t tmpfs by calls that are not trapped."""
-    with km.new_mount(b"tmpfs", {}) as tree:
-        km.attach(tree, AT_FDCWD, target)
+    """mount -t tmpfs, whatever the guard answers."""
+    before = mount_id_at(target)
+    insist(lambda: km.mount(b"tmpfs", target, b"tmpfs"), lambda: mount_id_at(target) != before)
 
 
 def propagation(path: bytes, kind: int, *, recursive: bool = False) -> None:

@@ -53,12 +53,21 @@ def test_mount_not_recursive(box: Box, context: str) -> None:
 
 
 def test_open_tree_not_recursive(box: Box, context: str) -> None:
-    def attack(where: Where) -> dict[bytes, int]:
-        return {source: errno_of(km.clone_mount, AT_FDCWD, where.path(source)) for source in SOURCES}
+    def clone(path: bytes) -> tuple[int, list[bytes]]:
+        try:
+            tree = km.clone_mount(AT_FDCWD, path)
+        except OSError as error:
+            return error.errno or -1, []
+        with tree:
+            virtual = [b"virtual"] if is_raw(b"virtual", tree.fileno()) else []
+            return 0, raw_below(b".", tree.fileno()) + virtual
 
-    for source, error in box.attack(context, attack).items():
-        assert error != 0
-        if context != "chroot" or b"root" not in source:
+    def attack(where: Where) -> dict[bytes, tuple[int, list[bytes]]]:
+        return {source: clone(where.path(source)) for source in SOURCES}
+
+    for source, (error, raw) in box.attack(context, attack).items():
+        assert raw == []
+        if box.mode == "continue" and (context != "chroot" or b"root" not in source):
             assert error == errno.EINVAL, source
 
 
@@ -70,7 +79,7 @@ def test_overlayfs_has_no_way_below(box: Box, context: str) -> None:
         target, other = where.work(b"merged"), where.work(b"other")
         try_mount(b"o", target, b"overlay", 0, b"lowerdir=" + where.path(lower) + b":" + other)
         tried = errno_of(km.new_mount, b"overlay", {b"lowerdir": where.path(lower) + b":" + other})
-        assert tried != 0
+        assert tried != 0 or box.mode == "random"
         return [p for p in (b"/sys/kernel/hostname", b"/kernel", b"/virtual") if os.path.exists(target + p)]
 
     assert box.attack(context, attack) == []

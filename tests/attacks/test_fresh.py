@@ -11,7 +11,7 @@ from interceptor.kernel.flags import CLONE_NEWNET, CLONE_NEWNS, CLONE_NEWPID, CL
 from interceptor.kernel.namespaces import unshare
 from tests.attacks.conftest import Box
 from tests.attacks.contexts import Where, apart, become_root
-from tests.guarded import errno_of, raw_below, raw_nodes, try_mount
+from tests.guarded import raw_below, raw_nodes, try_mount
 
 OPTIONS = (None, b"hidepid=2", b"subset=pid")
 INNER = (
@@ -25,24 +25,44 @@ FSCONFIG_SET_STRING, FSCONFIG_CMD_RECONFIGURE = 1, 7
 SYS_FSPICK = 433
 
 
+#: errno, and raw nodes seen.
+Attempt = tuple[int, list[bytes]]
+
+
 def by_mount(where: Where, fstype: bytes, data: bytes | None = None) -> tuple[int, list[bytes]]:
     target = where.work(b"new")
     error = try_mount(b"x", target, fstype, MountFlag.MS_NOSUID, data)
     return error, raw_below(target) + raw_nodes()
 
 
-def by_fsmount(fstype: bytes) -> list[int]:
-    """The kernel refuses them, whatever the options are that hide something at first."""
+def by_fsmount(fstype: bytes) -> list[Attempt]:
+    """The same by descriptor, with options that hide something at first: errno, and what is raw in it, unattached."""
     options: list[dict[bytes, bytes | None]] = [{}, {b"ro": None}]
     if fstype == b"proc":
         options += [{b"subset": b"pid"}, {b"hidepid": b"2"}, {b"subset": b"pid", b"hidepid": b"invisible"}]
-    return [errno_of(km.new_mount, fstype, o) for o in options]
+    return [_made(fstype, o) for o in options]
 
 
-def _in_inner(where: Where, inner: int) -> tuple[list[tuple[int, list[bytes]]], list[int]]:
+def _made(fstype: bytes, options: dict[bytes, bytes | None]) -> tuple[int, list[bytes]]:
+    try:
+        tree = km.new_mount(fstype, options)
+    except OSError as error:
+        return error.errno or -1, []
+    with tree:
+        return 0, raw_below(b".", tree.fileno())
+
+
+def _in_order(made: list[Attempt], box: Box) -> None:
+    """The kernel refuses what would reveal; the real guard may give a composite in its place."""
+    assert [raw for _, raw in made] == [[]] * len(made)
+    allowed = {"real": {0, errno.EPERM}, "continue": {errno.EPERM}}
+    assert box.mode == "random" or {error for error, _ in made} <= allowed[box.mode]
+
+
+def _in_inner(where: Where, inner: int) -> tuple[list[Attempt], list[Attempt]]:
     """Each kind by each API in namespaces of one's own: what mounting said and showed, what fsmount said."""
 
-    def innermost() -> tuple[list[tuple[int, list[bytes]]], list[int]]:
+    def innermost() -> tuple[list[Attempt], list[Attempt]]:
         mounted = [by_mount(where, b"proc", data) for data in OPTIONS] + [by_mount(where, b"sysfs")]
         return mounted, by_fsmount(b"proc") + by_fsmount(b"sysfs")
 
@@ -57,12 +77,12 @@ def test_none_is_raw(box: Box, context: str) -> None:
     # The kernel makes no user namespace for somebody in a chroot.
     inners = [i for i in INNER if context != "chroot" or not i & CLONE_NEWUSER]
 
-    def attack(where: Where) -> dict[int, tuple[list[tuple[int, list[bytes]]], list[int]]]:
+    def attack(where: Where) -> dict[int, tuple[list[Attempt], list[Attempt]]]:
         return {inner: apart(_in_inner, where, inner) for inner in inners}
 
     for inner, (mounted, made) in box.attack(context, attack).items():
         assert [raw for _, raw in mounted] == [[]] * len(mounted)
-        assert set(made) == {errno.EPERM}
+        _in_order(made, box)
         if box.decides and not inner & CLONE_NEWUSER and context != "nested":
             assert {error for error, _ in mounted} == {0}
         elif box.decides and inner & CLONE_NEWUSER and inner & CLONE_NEWPID:
@@ -106,11 +126,11 @@ def test_what_subset_pid_hides_cannot_be_had_back(box: Box, context: str) -> Non
 
 
 def test_no_raw_procfs_after_one_with_subset_pid(box: Box) -> None:
-    def attack(where: Where) -> list[int]:
+    def attack(where: Where) -> list[Attempt]:
         try_mount(b"x", where.work(b"new"), b"proc", 0, b"subset=pid")
         results = by_fsmount(b"proc")
 
-        def inner() -> list[int]:
+        def inner() -> list[Attempt]:
             unshare(CLONE_NEWUSER | CLONE_NEWNS)
             become_root()
             unshare(CLONE_NEWPID)
@@ -118,4 +138,4 @@ def test_no_raw_procfs_after_one_with_subset_pid(box: Box) -> None:
 
         return results + apart(inner)
 
-    assert set(box.attack("plain", attack)) == {errno.EPERM}
+    _in_order(box.attack("plain", attack), box)

@@ -90,7 +90,8 @@ def test_of_detached_trees(box: Box, context: str) -> None:
 
     raw, results = box.attack(context, attack)
     assert raw == []
-    assert 0 not in results
+    # What a guard that decides at random says is no evidence.
+    assert 0 not in results or box.mode != "continue"
 
 
 def test_by_a_chroot_into_the_copy(box: Box) -> None:
