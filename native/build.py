@@ -1,6 +1,6 @@
 """Build description of ``interceptor._native`` (cffi, API mode).
 
-``INTERCEPTOR_SANITIZE=1`` adds AddressSanitizer and UndefinedBehaviorSanitizer, for a test run of ``integration/check``.
+``INTERCEPTOR_SANITIZE=1`` adds AddressSanitizer and UndefinedBehaviorSanitizer, for a run of ``integration/check``.
 """
 
 from __future__ import annotations

@@ -252,13 +252,7 @@ def test_without_daemon_and_keeper_all_end_with_the_container(leak_check: None, 
 def test_a_guard_that_dies_again_and_again_leaves_nobody_waiting(daemon: Interceptor) -> None:
     """Fail closed: what cannot be guarded is refused, it does not hang (I7)."""
     with daemon.spawn() as child, pipe() as (go, order):
-<<<<<<< HEAD
         process = child.start(lambda: (os.read(go, 2), inside.try_umount(b"/proc/sys")), pass_fds=[go])
-=======
-        process = child.start(
-            lambda: (os.read(go, 2), support.inside.try_umount(b"/proc/sys")), pass_fds=[go]
-        )
->>>>>>> newapi
         while guard := guard_pid(daemon, child.cid):
             kill(guard)
             eventually(lambda guard=guard: guard_pid(daemon, child.cid) != guard, "the daemon saw it")  # type: ignore[misc]
