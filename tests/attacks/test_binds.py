@@ -58,6 +58,10 @@ def test_open_tree_not_recursive(box: Box, context: str) -> None:
             tree = km.clone_mount(AT_FDCWD, path)
         except OSError as error:
             return error.errno or -1, []
+        if tree.fileno() == 0:
+            # Standard input: a guard that decides at random has answered 0, and made nothing.
+            tree.take()
+            return 0, []
         with tree:
             virtual = [b"virtual"] if is_raw(b"virtual", tree.fileno()) else []
             return 0, raw_below(b".", tree.fileno()) + virtual

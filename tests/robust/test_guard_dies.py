@@ -1,4 +1,4 @@
-"""The guard is killed at each system call that it makes for a handled call, one after the other."""
+"""Guard and daemon are killed at each system call that they make for a handled call, one after the other."""
 
 from __future__ import annotations
 
@@ -89,9 +89,12 @@ class Performer:
     def begin(self, deed: str) -> None:
         os.write(self._orders, bytes([DEEDS.index(deed)]))
 
+    def answers_within(self, seconds: float) -> bool:
+        return bool(select.select([self._answers], [], [], seconds)[0])
+
     def wrong(self) -> str:
         """What went wrong; hangs are told by what has been asked."""
-        if not select.select([self._answers], [], [], PATIENCE)[0]:
+        if not self.answers_within(PATIENCE):
             return "it hangs"
         return os.read(self._answers, 4096).decode() or "the process ended"
 
@@ -138,4 +141,45 @@ def test_at_each_of_its_system_calls(daemon: Interceptor, deed: str) -> None:
                 performer.close()
     print(f"{deed}: {kills} kills")
     assert kills > 10
+    assert not wrong, "\n".join(f"killed at {at}: {said}" for at, said in wrong.items())
+
+
+#: System calls of a daemon that answers a question. Each death costs a start: only those that do or tell something.
+DAEMON_CALLS = ("sendto", "sendmsg", "recvmsg", "move_mount", "umount2", "open_tree", "setns", "mount_setattr")
+
+
+@pytest.mark.parametrize("call", DAEMON_CALLS)
+def test_the_daemon_at_each_of_its_system_calls(daemon: Interceptor, call: str) -> None:
+    """The question is answered by the next one, and what comes after it is not answered with what was left over."""
+    wrong: dict[str, str] = {}
+    deeds = ("copy", "new")
+    with daemon.spawn() as child:
+        performer = Performer(child)
+        try:
+            for deed in deeds:
+                performer.begin(deed)
+                assert performer.wrong() == "[]"
+            before = support.mount_count(support.family(daemon).keeper)
+            kept = 0
+            for number in range(1, 7):
+                with killing(daemon.pid, call, number):
+                    performer.begin(deeds[number % 2])
+                    # Either it dies, or the deed is done without a call of that number.
+                    survived = performer.answers_within(0.5) and daemon.is_running
+                if not survived:
+                    daemon.kill()
+                    daemon.start()
+                said = [performer.wrong()]
+                for deed in deeds:
+                    performer.begin(deed)
+                    said.append(performer.wrong())
+                if said != ["[]"] * 3:
+                    wrong[f"{call} {number}"] = "; ".join(said)
+                kept = support.mount_count(support.family(daemon).keeper) - before
+                if survived:
+                    break
+        finally:
+            performer.close()
+        # Of every base that the container makes itself a bare clone is kept.
+        print(f"{call}: {number} kills; {kept} more mounts in the workshop")
     assert not wrong, "\n".join(f"killed at {at}: {said}" for at, said in wrong.items())
