@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 
 from interceptor.containers.registry import Container
 from interceptor.errors import InterceptorError, SyscallError
@@ -154,21 +155,34 @@ class Answerer:
         if not chain or target_id != ask.mnt_id:
             return Answer(Act.CONTINUE), "not in the caller's mount namespace"
         kind = classify(chain, container.baseline, scene.namespace)
-        verdict = decide(_REQUESTS[ask.op], kind, self._circumstances(container, scene, chain, kind))
+        request = _REQUESTS[ask.op]
+        verdict = decide(request, kind, self._circumstances(container, scene, chain, kind, request))
         return self._carry_out(container, scene, chain, verdict), f"{kind.value}: {verdict.reason}"
 
     def _circumstances(
-        self, container: Container, scene: _Scene, chain: list[MountStat], kind: MountClass
+        self, container: Container, scene: _Scene, chain: list[MountStat], kind: MountClass, request: Request
     ) -> Circumstances:
         if kind is MountClass.COPIED_BASE:
-            own = any(not self._is_welded(container, scene, m) for m in scene.below(chain[0].mnt_id))
-            return Circumstances(_reaches_original(container, scene, chain), own, self._protect_immutable)
+            own = self._own_mounts(container, scene, chain[0])
+            return Circumstances(
+                _reaches_original(container, scene, [chain]), own, protect_immutable=self._protect_immutable
+            )
         if kind is MountClass.COPIED_SUBMOUNT:
             base = welded_to(chain, container.baseline.plan)
             above = [m for m in chain if base is not None and len(m.point) <= len(base.point)]
-            own = any(not self._is_welded(container, scene, m) for m in scene.below(chain[0].mnt_id))
-            return Circumstances(_reaches_original(container, scene, above), own, self._protect_immutable)
+            own = self._own_mounts(container, scene, chain[0])
+            reaching = _reaches_original(container, scene, [above])
+            return Circumstances(reaching, own, self._protect_immutable)
+        if request is Request.DETACH and kind in (MountClass.FREE, MountClass.IMMUTABLE):
+            # A lazy unmount takes everything below along, and by propagation what stands at its places elsewhere.
+            below = [scene.chain(m.mnt_id) for m in scene.below(chain[0].mnt_id) if is_base(m)]
+            return Circumstances(
+                _reaches_original(container, scene, below), protect_immutable=self._protect_immutable
+            )
         return Circumstances(protect_immutable=self._protect_immutable)
+
+    def _own_mounts(self, container: Container, scene: _Scene, base: MountStat) -> bool:
+        return any(not self._is_welded(container, scene, m) for m in scene.below(base.mnt_id))
 
     @staticmethod
     def _is_welded(container: Container, scene: _Scene, found: MountStat) -> bool:
@@ -222,25 +236,37 @@ def _base_of(container: Container, scene: _Scene, found: MountStat) -> int:
     return base.mnt_id if base is not None else 0
 
 
-def _reaches_original(container: Container, scene: _Scene, chain: list[MountStat]) -> bool:
-    """Whether unmounting ``chain[0]`` would propagate to an original base, here or in the first namespace."""
-    if len(chain) < 2 or not chain[1].peer_group:
-        return False
+def _masters(scenes: Iterable[Iterable[MountStat]]) -> dict[int, int]:
+    """The master of each peer group that is a slave of another."""
+    return {m.peer_group: m.master for mounts in scenes for m in mounts if m.peer_group and m.master}
+
+
+def _originals(container: Container, scene: _Scene) -> list[tuple[MountStat, MountStat]]:
+    """Original bases with what they are mounted on: the first namespace's, and the caller's own."""
     baseline = container.baseline
+    found = []
     for recorded in baseline.bases():
         original = scene.mount(recorded.mnt_id, baseline.namespace)
         parent = scene.mount(original.parent_id, baseline.namespace) if original is not None else None
-        if original and parent and reaches(chain[0], chain[1], original, parent):
-            return True
-    if scene.namespace == baseline.namespace:
+        if original is not None and parent is not None:
+            found.append((original, parent))
+    if scene.namespace != baseline.namespace:
+        for base in (m for m in scene.below(stat.LSMT_ROOT) if is_base(m)):
+            chain = scene.chain(base.mnt_id)
+            if len(chain) > 1 and classify(chain, baseline, scene.namespace) is MountClass.ORIGINAL_BASE:
+                found.append((chain[0], chain[1]))
+    return found
+
+
+def _reaches_original(container: Container, scene: _Scene, targets: Iterable[list[MountStat]]) -> bool:
+    """Whether unmounting any of the targets (each with its chain) would propagate to an original base."""
+    shared = [chain for chain in targets if len(chain) > 1 and chain[1].peer_group]
+    if not shared:
         return False
-    for found in scene.below(stat.LSMT_ROOT):
-        if is_base(found) and found.mnt_id != chain[0].mnt_id:
-            above = scene.chain(found.mnt_id)
-            if (
-                len(above) > 1
-                and classify(above, baseline, scene.namespace) is MountClass.ORIGINAL_BASE
-                and reaches(chain[0], chain[1], found, above[1])
-            ):
-                return True
-    return False
+    first = _Scene(container.baseline.namespace)
+    masters = _masters([scene.below(stat.LSMT_ROOT), first.below(stat.LSMT_ROOT)])
+    return any(
+        reaches(chain[0], chain[1], original, parent, masters)
+        for original, parent in _originals(container, scene)
+        for chain in shared
+    )

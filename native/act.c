@@ -27,6 +27,16 @@ void ix_leave(void)
 		abort();
 }
 
+bool ix_has_mounts_below(struct ix_call *call, uint64_t mnt_id)
+{
+	uint64_t first;
+	if (!ix_open_mount_namespace(call) || ix_enter(call) < 0)
+		return false;
+	int64_t n = ix_listmount(mnt_id, 0, 0, &first, 1);
+	ix_leave();
+	return n > 0;
+}
+
 /* Side effects only for a caller that still waits; from here on a successor asks the mount table what happened. */
 static bool begin(struct ix_call *call, uint32_t act, uint64_t gone_id, uint64_t there_id)
 {
@@ -157,6 +167,10 @@ static int replace(const struct ix_call *call, int base, const char *point, cons
 		detach(composite);
 		return -EBUSY;
 	}
+	/* Those that were carried over still stand on the old one, and going with it they would go from its peers too,
+	 * originals among them. Elsewhere the old one then stays, where its parent has peers or slaves. */
+	if (has_own_mounts(base_id, answer, target_id))
+		ix_mount_setattr(base, "", AT_EMPTY_PATH | AT_RECURSIVE, 0, 0, MS_PRIVATE, -1);
 	return detach(base);
 }
 
@@ -259,6 +273,9 @@ static struct ix_reply bind_in_namespace(struct ix_call *call, int source)
 	cleanup_close int tree = ix_open_tree(source, "", OPEN_TREE_CLONE | AT_RECURSIVE | AT_EMPTY_PATH);
 	if (tree < 0 || ix_statx(tree, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0)
 		return ix_let_kernel_run("no tree to clone: the kernel's errno");
+	/* In no peer group with what it was cloned from: what is stripped from it must stay there. */
+	if (ix_mount_setattr(tree, "", AT_EMPTY_PATH | AT_RECURSIVE, 0, 0, MS_PRIVATE, -1) < 0)
+		return ix_let_kernel_run("a clone that cannot be made private: EINVAL is the kernel's");
 	if (!begin(call, IX_ACT_ATTACH, 0, st.mnt_id))
 		return ix_deny(EINTR);
 	int r = ix_move_mount(tree, "", call->target, "", EFFECT_FLAGS);

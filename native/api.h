@@ -18,6 +18,7 @@ struct ix_stat {
 
 int ix_open_tree(int dirfd, const char *path, unsigned int flags);
 int ix_move_mount(int from_fd, const char *from, int to_fd, const char *to, unsigned int flags);
+int ix_fspick(int dirfd, const char *path, unsigned int flags);
 int ix_fsopen(const char *fstype, unsigned int flags);
 int ix_fsconfig(int fd, unsigned int cmd, const char *key, const char *value, int aux);
 int ix_fsmount(int fd, unsigned int flags, unsigned int attrs);

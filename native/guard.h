@@ -101,6 +101,7 @@ struct ix_reply ix_handle_fsmount(struct ix_call *call);
 struct ix_reply ix_handle_open_tree(struct ix_call *call, bool with_attr);
 struct ix_reply ix_handle_move_mount(struct ix_call *call);
 /* act.c */
+bool ix_has_mounts_below(struct ix_call *call, uint64_t mnt_id);
 int ix_enter(const struct ix_call *call);
 void ix_leave(void);
 struct ix_reply ix_act(struct ix_call *call, const struct ix_answer *answer, int fd);

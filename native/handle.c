@@ -93,8 +93,11 @@ struct ix_reply ix_decide(struct ix_call *call, enum ix_op op, int fd, const str
 		return ix_caller_has_cap(call->tid, CAP_SYS_ADMIN) ? ix_deny(error) : ix_let_kernel_run("EPERM is the kernel's");
 	}
 	if (!ix_is_ours(fd, st)) {
-		ix_cache_put(st->mnt_id, op, 0);
-		return ix_let_kernel_run("a mount of the container's own");
+		/* Lazily, it takes along what is below, and that may have peers among the originals. */
+		if (op != IX_OP_DETACH)
+			ix_cache_put(st->mnt_id, op, 0);
+		if (op != IX_OP_DETACH || !ix_has_mounts_below(call, st->mnt_id))
+			return ix_let_kernel_run("a mount of the container's own");
 	}
 	if (!ix_open_mount_namespace(call) || !ix_caller_rules(call, call->mntns))
 		return ix_let_kernel_run("the caller lacks the right: EPERM is the kernel's");

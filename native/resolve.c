@@ -86,6 +86,37 @@ static int prepend_link(struct walk *w, const char *text, size_t length)
 	return 0;
 }
 
+/* The last number of a "Name:\t1\t2\t3" line of /proc/TID/status: the caller's own number in its own PID namespace. */
+static int own_number(const struct walk *w, const char *name)
+{
+	char text[4096];
+	cleanup_close int fd = open_of(w->proc_fd, w->tid, "status", O_RDONLY);
+	ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
+	if (n < 0)
+		return -ESRCH;
+	text[n] = '\0';
+	char *line = strstr(text, name);
+	if (!line)
+		return -ESRCH;
+	line[strcspn(line, "\n")] = '\0';
+	char *last = strrchr(line, '\t');
+	return last ? atoi(last + 1) : -ESRCH;
+}
+
+/*
+ * What is below self/task is numbered in the caller's own PID namespace, so there the caller's own number stands in for
+ * self. (For everything else the host's procfs does, which is right from whatever PID namespace the procfs is.)
+ */
+static int prepend_own_number(struct walk *w)
+{
+	char number[16];
+	int pid = own_number(w, "NStgid:");
+	if (pid <= 0)
+		return -ESRCH;
+	snprintf(number, sizeof(number), "%d", pid);
+	return prepend_link(w, number, strlen(number));
+}
+
 /* /proc/self and /proc/thread-self mean nothing to us; the same directory of the host's procfs stands in for them. */
 static int hop_to_caller(struct walk *w)
 {
@@ -115,6 +146,9 @@ static int follow_link(struct walk *w, const char *name, int link_fd)
 			step_to(w, target);
 			return 0;
 		}
+		size_t slashes = strspn(w->rest, "/");
+		if (strcmp(name, "self") == 0 && strncmp(w->rest + slashes, "task", 4) == 0)
+			return prepend_own_number(w);
 		if (strcmp(name, "self") == 0 || strcmp(name, "thread-self") == 0)
 			return hop_to_caller(w);
 	}

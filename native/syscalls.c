@@ -15,6 +15,11 @@ int ix_move_mount(int from_fd, const char *from, int to_fd, const char *to, unsi
 	return ix_result(syscall(SYS_move_mount, from_fd, from, to_fd, to, flags));
 }
 
+int ix_fspick(int dirfd, const char *path, unsigned int flags)
+{
+	return ix_result(syscall(SYS_fspick, dirfd, path, flags | FSPICK_CLOEXEC));
+}
+
 int ix_fsopen(const char *fstype, unsigned int flags)
 {
 	return ix_result(syscall(SYS_fsopen, fstype, flags | FSOPEN_CLOEXEC));

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from interceptor.mounts.lineage import MountClass, classify, path_in_fs, reaches, welded_to
+from interceptor.mounts.lineage import MountClass, classify, path_in_fs, reaches, receivers, welded_to
 from interceptor.mounts.managed import make_plan
 from tests.mount_facts import PLAN, SHIELD, VIEW, Facts, container
 
@@ -135,7 +135,7 @@ def test_unmounting_in_a_peer_reaches_the_original() -> None:
     original = Facts(2, 1, b"/proc", fstype=b"proc")
     peer = Facts(3, 1, b"/mnt", peer_group=7)
     copy = Facts(4, 3, b"/mnt/proc", fstype=b"proc")
-    assert reaches(copy, peer, original, root)
+    assert reaches(copy, peer, original, root, {})
 
 
 def test_unmounting_elsewhere_in_a_peer_does_not_reach_the_original() -> None:
@@ -143,7 +143,7 @@ def test_unmounting_elsewhere_in_a_peer_does_not_reach_the_original() -> None:
     original = Facts(2, 1, b"/proc", fstype=b"proc")
     peer = Facts(3, 1, b"/mnt", peer_group=7)
     other = Facts(4, 3, b"/mnt/srv/proc", fstype=b"proc")
-    assert not reaches(other, peer, original, root)
+    assert not reaches(other, peer, original, root, {})
 
 
 def test_unmounting_in_the_master_of_the_originals_parent_reaches_it() -> None:
@@ -151,7 +151,7 @@ def test_unmounting_in_the_master_of_the_originals_parent_reaches_it() -> None:
     original = Facts(2, 1, b"/proc", fstype=b"proc")
     peer = Facts(3, 0, b"/", peer_group=7)
     copy = Facts(4, 3, b"/proc", fstype=b"proc")
-    assert reaches(copy, peer, original, root)
+    assert reaches(copy, peer, original, root, {})
 
 
 def test_unmounting_in_a_slave_or_private_mount_reaches_nobody() -> None:
@@ -159,4 +159,17 @@ def test_unmounting_in_a_slave_or_private_mount_reaches_nobody() -> None:
     original = Facts(2, 1, b"/proc", fstype=b"proc")
     slave = Facts(3, 0, b"/", master=7)
     copy = Facts(4, 3, b"/proc", fstype=b"proc")
-    assert not reaches(copy, slave, original, root)
+    assert not reaches(copy, slave, original, root, {})
+
+
+def test_unmounting_reaches_slaves_of_slaves() -> None:
+    root = Facts(1, 0, b"/", peer_group=9, master=8)
+    original = Facts(2, 1, b"/proc", fstype=b"proc")
+    peer = Facts(3, 0, b"/", peer_group=7)
+    copy = Facts(4, 3, b"/proc", fstype=b"proc")
+    assert not reaches(copy, peer, original, root, {9: 8})
+    assert reaches(copy, peer, original, root, {9: 8, 8: 7})
+
+
+def test_groups_that_are_each_others_masters_end_the_search() -> None:
+    assert receivers(1, {2: 1, 1: 2}) == {1, 2}

@@ -121,6 +121,15 @@ def fresh_mount(
     return OwnedFd(result)
 
 
+def reconfigure(dirfd: FdLike, options: Mapping[bytes, bytes]) -> None:
+    """fspick(2), fsconfig of every option, FSCONFIG_CMD_RECONFIGURE: changes the superblock of a mount."""
+    result = lib.ix_fspick(c_fd(dirfd), b"", 8)
+    with owned(result, "fspick", c_fd(dirfd), b"", "FSPICK_EMPTY_PATH") as context:
+        for key, value in options.items():
+            fsconfig(context, 1, key, value)
+        fsconfig(context, 7)
+
+
 def fsopen_for(
     fstype: bytes, *, pid_namespace: FdLike | None = None, network_namespace: FdLike | None = None
 ) -> OwnedFd:

@@ -14,7 +14,7 @@ from interceptor.kernel import mount, process, stat
 from interceptor.kernel.fd import OwnedFd
 from interceptor.kernel.flags import MOUNT_ATTR__ATIME, MountAttr, ResolveFlag
 from interceptor.mounts.arguments import NewMount, atime_attributes, options, simple_attributes
-from interceptor.mounts.managed import ANCHOR, Cover, Covered, Plan
+from interceptor.mounts.managed import Cover, Covered, Plan
 from interceptor.mounts.weld import Bench, Kept, Shelf, Welder
 
 HARDENED = MountAttr.MOUNT_ATTR_NOSUID | MountAttr.MOUNT_ATTR_NODEV | MountAttr.MOUNT_ATTR_NOEXEC
@@ -92,18 +92,18 @@ class Composer:
     ) -> OwnedFd:
         """A welded composite of a bare tree, whose root is ``inside`` its filesystem (empty: the filesystem's root).
 
-        The tree is used up. Paths that it does not have are passed over. A procfs that has none of them (subset=pid)
-        is anchored.
+        The tree is used up. Paths that it does not have are passed over. A procfs with subset=pid is given all its
+        paths while it is covered: the container can take the option back by fspick(2), and must find them covered.
         """
         with self.bench.holding(tree) as place, OwnedFd(os.open(place, os.O_PATH | os.O_CLOEXEC)) as root:
-            covered = [
-                c
-                for c in covers
-                if _is_below(c.path, inside)
-                and self._cover(root, _below(c.path, inside), c, fstype, material, bare)
-            ]
-            if fstype == b"proc" and not inside and not covered:
-                _anchor(root)
+            subset = fstype == b"proc" and not inside and not _exists(root, b"sys")
+            if subset:
+                mount.reconfigure(root, {b"subset": b","})
+            for covered in covers:
+                if _is_below(covered.path, inside):
+                    self._cover(root, _below(covered.path, inside), covered, fstype, material, bare)
+            if subset:
+                mount.reconfigure(root, {b"subset": b"pid"})
             if readonly:
                 mount.mount_setattr(root, set_=MountAttr.MOUNT_ATTR_RDONLY, recursive=True)
             root.close()
@@ -111,16 +111,15 @@ class Composer:
 
     def _cover(
         self, root: OwnedFd, path: bytes, covered: Covered, fstype: bytes, material: Material, bare: Kept
-    ) -> bool:
+    ) -> None:
         try:
             target = process.openat2(root, path, _O_PATH, _INSIDE)
         except SyscallError as error:
             if error.errno in _ABSENT:
-                return False
+                return
             raise
         with target, self._cover_tree(covered, target, fstype, material, bare) as tree:
             mount.attach(tree, target)
-        return True
 
     def _cover_tree(
         self, covered: Covered, target: OwnedFd, fstype: bytes, material: Material, bare: Kept
@@ -182,10 +181,14 @@ class Composer:
         return self.composite(tree, inside, base.fstype, material, covers, bare)
 
 
-def _anchor(root: OwnedFd) -> None:
-    """`self` covered by itself: see `interceptor.mounts.managed.ANCHOR`."""
-    with mount.clone_mount(root, ANCHOR) as tree, process.openat2(root, ANCHOR, _O_PATH) as target:
-        mount.attach(tree, target)
+def _exists(root: OwnedFd, path: bytes) -> bool:
+    try:
+        process.openat2(root, path, _O_PATH, _INSIDE).close()
+    except SyscallError as error:
+        if error.errno in _ABSENT:
+            return False
+        raise
+    return True
 
 
 def _is_below(path: bytes, inside: bytes) -> bool:

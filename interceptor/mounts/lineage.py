@@ -144,17 +144,31 @@ def _same_position(chain: Sequence[Mount], baseline: Baseline, namespace: int) -
     return all(
         m.point in by_point and (by_point[m.point].dev, by_point[m.point].root) == (m.dev, m.root)
         for m in chain[1:]
+        if m.point  # the kernel's own rootfs, below the root of every namespace, has none
     )
 
 
-def reaches(target: Mount, parent: Mount, original: Mount, original_parent: Mount) -> bool:
+def receivers(group: int, masters: Mapping[int, int]) -> set[int]:
+    """Peer groups that a mount or unmount in ``group`` reaches: itself, its slaves, theirs, and so on.
+
+    ``masters`` gives the master of each peer group that has one.
+    """
+    reached = {group}
+    while more := {slave for slave, master in masters.items() if master in reached} - reached:
+        reached |= more
+    return reached
+
+
+def reaches(
+    target: Mount, parent: Mount, original: Mount, original_parent: Mount, masters: Mapping[int, int]
+) -> bool:
     """Whether unmounting ``target`` unmounts ``original`` too, by propagation from ``parent`` to its peers and slaves.
 
     propagate_umount() of fs/pnode.c: what stands at the same place on every mount that receives from the parent.
     """
-    group = parent.peer_group
-    if not group or target.mnt_id == original.mnt_id:
+    if not parent.peer_group or target.mnt_id == original.mnt_id:
         return False
-    if group not in (original_parent.peer_group, original_parent.master):
+    groups = receivers(parent.peer_group, masters)
+    if original_parent.peer_group not in groups and original_parent.master not in groups:
         return False
     return path_in_fs(parent, target.point) == path_in_fs(original_parent, original.point)

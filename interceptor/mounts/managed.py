@@ -10,10 +10,6 @@ from dataclasses import dataclass, field
 VIEW_PROC = (b"uptime", b"swaps", b"sys")
 VIEW_SYS = (b"kernel", b"devices/virtual", b"module/nf_conntrack/parameters")
 
-#: procfs with subset=pid has no path of the above. Its `self` link, covered by itself, keeps the kernel from taking it
-#: for a fully visible procfs, which would let a raw one be mounted (mnt_already_visible() of fs/namespace.c).
-ANCHOR = b"self"
-
 BASE_TYPES = (b"proc", b"sysfs")
 
 
@@ -24,7 +20,6 @@ class Cover(enum.Enum):
     MASKED = "masked"
     READONLY = "readonly"
     SHIELD = "shield"
-    ANCHOR = "anchor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +45,7 @@ class Plan:
 
     def paths(self, fstype: bytes) -> frozenset[bytes]:
         """Every path of that filesystem type on which something welded may stand."""
-        anchor = {ANCHOR} if fstype == b"proc" else set()
-        return frozenset({c.path for c in self.of(fstype)} | anchor)
+        return frozenset(c.path for c in self.of(fstype))
 
 
 @dataclass

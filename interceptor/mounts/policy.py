@@ -51,6 +51,7 @@ class Circumstances:
 
 
 _ORIGINALS = (MountClass.ORIGINAL_BASE, MountClass.ORIGINAL_SUBMOUNT)
+_WELDED = (MountClass.ORIGINAL_SUBMOUNT, MountClass.SHIELD)
 _BASES = (MountClass.ORIGINAL_BASE, MountClass.COPIED_BASE)
 
 
@@ -66,13 +67,16 @@ def decide(request: Request, kind: MountClass, circumstances: Circumstances) -> 
         return _copied_base(request, circumstances)
     if kind is MountClass.COPIED_SUBMOUNT:
         return _copied_submount(request, circumstances)
+    if circumstances.reaches_original:
+        return Verdict(Deed.REFUSE, "would unmount an original by propagation", errno.EBUSY)
     if kind is MountClass.IMMUTABLE and circumstances.protect_immutable:
         return Verdict(Deed.REFUSE, "protect_immutable_unmounts", errno.EPERM, lasting=True)
     reason = {
         MountClass.ORIGINAL_SUBMOUNT: "welded: the kernel answers EINVAL",
         MountClass.SHIELD: "welded: the kernel answers EINVAL",
     }.get(kind, "the container's own business")
-    return Verdict(Deed.KERNEL, reason, lasting=True)
+    # A lazy unmount takes along what is below by then: that verdict is for now.
+    return Verdict(Deed.KERNEL, reason, lasting=request is not Request.DETACH or kind in _WELDED)
 
 
 def _remount(kind: MountClass) -> Verdict:

@@ -8,7 +8,7 @@ from interceptor.errors import SyscallError
 from interceptor.kernel import stat
 from interceptor.kernel.flags import MountAttr
 from interceptor.mounts.lineage import path_in_fs
-from interceptor.mounts.managed import ANCHOR, VIEW_PROC, VIEW_SYS
+from interceptor.mounts.managed import VIEW_PROC, VIEW_SYS
 
 VIEWED = {b"proc": VIEW_PROC, b"sysfs": VIEW_SYS}
 
@@ -50,5 +50,4 @@ def uncovered(mounts: Iterable[stat.MountStat]) -> list[str]:
 
 
 def _is_covered(path: bytes, covers: set[bytes]) -> bool:
-    # A procfs with subset=pid has none of the paths: those that open them say whether that is true.
-    return ANCHOR in covers or any(path == c or path.startswith(c + b"/") for c in covers if c)
+    return any(path == c or path.startswith(c + b"/") for c in covers if c)

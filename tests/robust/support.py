@@ -167,12 +167,15 @@ def guard_pid(daemon: Interceptor, cid: str) -> int:
 def pipe() -> Iterator[tuple[int, int]]:
     """Both ends; closed at the end where they are still open."""
     ends = os.pipe()
+    ours = os.fstat(ends[0])
     try:
         yield ends
     finally:
         for end in ends:
             with contextlib.suppress(OSError):
-                os.close(end)
+                # The test may have closed it, and the number be somebody else's by now.
+                if os.path.samestat(os.fstat(end), ours):
+                    os.close(end)
 
 
 # ---- inside: calls whose effect is compared with their result ----------------------------------------------

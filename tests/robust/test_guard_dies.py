@@ -145,7 +145,16 @@ def test_at_each_of_its_system_calls(daemon: Interceptor, deed: str) -> None:
 
 
 #: System calls of a daemon that answers a question. Each death costs a start: only those that do or tell something.
-DAEMON_CALLS = ("sendto", "sendmsg", "recvmsg", "move_mount", "umount2", "open_tree", "setns", "mount_setattr")
+DAEMON_CALLS = (
+    "sendto",
+    "sendmsg",
+    "recvmsg",
+    "move_mount",
+    "umount2",
+    "open_tree",
+    "setns",
+    "mount_setattr",
+)
 
 
 @pytest.mark.parametrize("call", DAEMON_CALLS)
