@@ -51,7 +51,8 @@ class Lifecycle:
         root = keeper.workshop_root
         self._view_root = os.path.join(root, "view")
         self._view = ViewClient(keeper.view)
-        welder, bench = Welder(keeper.welder, os.path.join(root, "weld")), Bench(os.path.join(root, "bench"))
+        welder = Welder(keeper.welder, os.path.join(root, "weld"), keeper.namespace, self._loop.call_later)
+        bench = Bench(os.path.join(root, "bench"))
         self._composer = Composer(Shields(root), welder, bench)
         self._answerer = Answerer(self._composer, config.protect_immutable_unmounts)
         self._supervisors: dict[str, Supervisor] = {}

@@ -219,6 +219,10 @@ struct ix_reply ix_act(struct ix_call *call, const struct ix_answer *answer, int
 {
 	cleanup_close int fd = given;
 	struct ix_reply reply;
+	struct ix_stat st;
+	/* The device of what is brought here may have been another's before. */
+	if (fd >= 0 && ix_statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) == 0)
+		ix_cache_forget_foreign(&st);
 	if (answer->act == IX_ACT_CONTINUE)
 		return ix_let_kernel_run("the daemon's verdict");
 	if (answer->act == IX_ACT_GIVE && fd >= 0)

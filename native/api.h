@@ -62,9 +62,9 @@ int ix_fresh_mount(const char *fstype, int pidns_fd, int netns_fd, const char *c
 int ix_fsopen_for(const char *fstype, int pidns_fd, int netns_fd, int *step);
 
 /* The standing welder: the calling process leaves for a user and mount namespace of its own, in which the shared
- * mount at `staging` is received by propagation, and answers each byte on `sock` with a welded clone of what stands
- * at `staging`/w. Returns only on end of file or failure. */
-int ix_welder(int sock, const char *staging);
+ * mounts of the workshop are received by propagation, and answers each byte on `sock` with a descriptor of that mount
+ * namespace. Returns only on end of file or failure. */
+int ix_welder(int sock);
 
 /* ---- the link between a guard and the daemon: fixed-size records over SOCK_SEQPACKET, descriptors beside them -- */
 

@@ -4,7 +4,7 @@
  */
 #include "guard.h"
 
-enum { ENTRIES = 1024, OPS = 4, VERDICT_CONTINUE = 255 };
+enum { ENTRIES = 1024, FOREIGN = 256, OPS = 4, VERDICT_CONTINUE = 255 };
 
 struct entry {
 	uint64_t mnt_id;
@@ -12,6 +12,13 @@ struct entry {
 };
 
 static struct entry entries[ENTRIES];
+
+/*
+ * Devices that carry nothing of ours, by the low bits of their number. The kernel gives the number of a dead anonymous
+ * device to a later one, so an entry goes when we attach a composite of that device: nobody else brings a procfs or
+ * sysfs here.
+ */
+static atomic_uint foreign[FOREIGN];
 
 static struct entry *entry_of(uint64_t mnt_id)
 {
@@ -50,5 +57,24 @@ void ix_cache_flush(void)
 {
 	pthread_mutex_lock(&ix_guard_state.cache_lock);
 	memset(entries, 0, sizeof(entries));
+	for (int i = 0; i < FOREIGN; i++)
+		atomic_store(&foreign[i], 0);
 	pthread_mutex_unlock(&ix_guard_state.cache_lock);
+}
+
+/* Only an anonymous device, whose major number is 0, can be a procfs, a sysfs, the view or a tmpfs of shields. */
+bool ix_cache_is_foreign(const struct ix_stat *st)
+{
+	return st->dev_major != 0 || (st->dev_minor != 0 && atomic_load(&foreign[st->dev_minor % FOREIGN]) == st->dev_minor);
+}
+
+void ix_cache_put_foreign(const struct ix_stat *st)
+{
+	if (st->dev_major == 0)
+		atomic_store(&foreign[st->dev_minor % FOREIGN], st->dev_minor);
+}
+
+void ix_cache_forget_foreign(const struct ix_stat *st)
+{
+	atomic_store(&foreign[st->dev_minor % FOREIGN], 0);
 }

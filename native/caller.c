@@ -45,9 +45,10 @@ bool ix_caller_rules(const struct ix_call *call, int ns_fd)
 	struct stat own, owner;
 	if (!ix_caller_has_cap(call->tid, CAP_SYS_ADMIN))
 		return false;
-	cleanup_close int caller_ns = ix_open_caller(ix_guard_state.proc, call->tid, "ns/user", O_RDONLY);
+	char name[32];
+	ix_caller_path(name, call->tid, "ns/user");
 	cleanup_close int at = ix_result(ioctl(ns_fd, IX_NS_GET_USERNS));
-	if (caller_ns < 0 || at < 0 || fstat(caller_ns, &own) < 0)
+	if (at < 0 || fstatat(ix_guard_state.proc, name, &own, 0) < 0)
 		return false;
 	for (int depth = 0; depth < 33; depth++) {
 		if (fstat(at, &owner) < 0)

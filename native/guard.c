@@ -1,11 +1,6 @@
-/*
- * The guard: one process a container, in the container's user namespace. Threads take turns at receiving: one that
- * finds itself the last to wait starts another before it looks at the call, so that a call which makes its thread wait
- * (for the container's own FUSE server, a userfault, the daemon) delays nobody else.
- */
+/* The guard: one process a container, in the container's user namespace; a call from its receipt to its reply. */
 #include "guard.h"
 
-#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <sys/mman.h>
@@ -13,17 +8,6 @@
 #include <time.h>
 
 struct ix_guard_state ix_guard_state;
-
-struct receiver {
-	struct ix_listener *listener;
-	int slot;
-	bool recover;
-};
-
-static struct ix_slot *slot_at(int i)
-{
-	return &ix_guard_state.journal->slots[i];
-}
 
 static struct seccomp_notif *notif_of(struct ix_slot *slot)
 {
@@ -60,7 +44,7 @@ static void record(enum ix_outcome outcome, uint64_t ns)
 bool ix_still_waiting(const struct ix_call *call)
 {
 	uint64_t id = call->id;
-	return ioctl(call->listener_fd, SECCOMP_IOCTL_NOTIF_ID_VALID, &id) == 0;
+	return ioctl(call->listener->fd, SECCOMP_IOCTL_NOTIF_ID_VALID, &id) == 0;
 }
 
 bool ix_question(struct ix_call *call, struct ix_ask *ask, const int *fds, int fd_count)
@@ -68,6 +52,7 @@ bool ix_question(struct ix_call *call, struct ix_ask *ask, const int *fds, int f
 	struct ix_question *q = call->question;
 	struct timespec deadline;
 	uint64_t ms = ix_guard_state.config.question_timeout_ms;
+	ix_step_down(call);
 	clock_gettime(CLOCK_MONOTONIC, &deadline);
 	deadline.tv_sec += (time_t)(ms / 1000);
 	deadline.tv_nsec += (long)(ms % 1000) * 1000000;
@@ -168,7 +153,7 @@ static struct ix_reply examine(struct ix_call *call, const struct seccomp_notif 
 	return ix_handle(call, n->data.arch, n->data.nr);
 }
 
-static void forget(struct ix_slot *slot)
+void ix_forget(struct ix_slot *slot)
 {
 	slot->phase = IX_PHASE_IDLE;
 	slot->since_ns = 0;
@@ -186,7 +171,7 @@ static int give(const struct ix_call *call, const struct ix_reply *reply)
 	};
 	int r;
 	do
-		r = ioctl(call->listener_fd, SECCOMP_IOCTL_NOTIF_ADDFD, &add);
+		r = ioctl(call->listener->fd, SECCOMP_IOCTL_NOTIF_ADDFD, &add);
 	while (r < 0 && errno == EINTR);
 	return r;
 }
@@ -204,7 +189,7 @@ static void send_reply(struct ix_call *call, const struct ix_reply *reply)
 		r = give(call, reply);
 		resp.error = -EMFILE;  /* what is left to say if the caller's table is full */
 	}
-	while (r < 0 && (r = ioctl(call->listener_fd, SECCOMP_IOCTL_NOTIF_SEND, &resp)) < 0 && errno == EINTR)
+	while (r < 0 && (r = ioctl(call->listener->fd, SECCOMP_IOCTL_NOTIF_SEND, &resp)) < 0 && errno == EINTR)
 		;
 	if (r >= 0)
 		return;
@@ -213,13 +198,14 @@ static void send_reply(struct ix_call *call, const struct ix_reply *reply)
 		remember_orphan(call, &n, -reply->error);
 }
 
-static void serve_call(struct ix_listener *listener, struct ix_slot *slot, bool overloaded, bool recover)
+void ix_serve_call(struct ix_listener *listener, struct ix_slot *slot, int turn, bool overloaded, bool recover)
 {
 	struct ix_call call;
 	const struct seccomp_notif *n = notif_of(slot);
 	call.slot = slot;
 	call.question = &ix_guard_state.questions[slot - ix_guard_state.journal->slots];
-	call.listener_fd = listener->fd;
+	call.listener = listener;
+	call.turn = turn;
 	call.tid = (int)n->pid;
 	call.id = n->id;
 	memcpy(call.args, n->data.args, sizeof(call.args));
@@ -234,91 +220,14 @@ static void serve_call(struct ix_listener *listener, struct ix_slot *slot, bool 
 	ix_close_fd(&call.mntns);
 	ix_close_fd(&call.question->answer_fd);
 	call.question->answer_fd = -1;
+	atomic_fetch_sub(&listener->serving, 1);
 	send_reply(&call, &reply);
 	if (reply.give > 0)
 		close(reply.give - 1);
 	record(reply.outcome, now_ns() - start);
 	if (overloaded)
 		count(&ix_guard_state.journal->overloaded);
-	forget(slot);
-}
-
-static bool exhausted(const struct ix_listener *listener)
-{
-	struct pollfd p = {.fd = listener->fd, .events = POLLIN};
-	return atomic_load(&listener->dropped) || poll(&p, 1, 0) < 0 || (p.revents & (POLLHUP | POLLERR | POLLNVAL));
-}
-
-static void receive_calls(struct ix_listener *l, struct ix_slot *slot)
-{
-	for (;;) {
-		slot->listener = l->index;
-		atomic_fetch_add(&l->idle, 1);
-		/* The kernel writes into the journal itself: no instant at which a received call is on no record. */
-		int r = ioctl(l->fd, SECCOMP_IOCTL_NOTIF_RECV, notif_of(slot));
-		int failure = errno;
-		int waiting = atomic_fetch_sub(&l->idle, 1) - 1;
-		if (r < 0) {
-			forget(slot);
-			if ((failure != EINTR && failure != ENOENT) || exhausted(l))
-				return;
-			continue;
-		}
-		slot->phase = IX_PHASE_RECEIVED;
-		bool overloaded = waiting <= 0 && ix_start_receiver(l, -1, false) < 0;
-		serve_call(l, slot, overloaded, false);
-	}
-}
-
-static void *receiver_main(void *argument)
-{
-	struct receiver mine = *(struct receiver *)argument;
-	struct ix_slot *slot = slot_at(mine.slot);
-	free(argument);
-	/* Own root and working directory, as setns to a mount namespace demands. */
-	if (unshare(CLONE_FS) == 0) {
-		if (mine.recover)
-			serve_call(mine.listener, slot, false, true);
-		receive_calls(mine.listener, slot);
-	}
-	atomic_store(&ix_guard_state.slot_taken[mine.slot], 0);
-	atomic_fetch_sub(&mine.listener->receivers, 1);
-	return NULL;
-}
-
-static int take_slot(void)
-{
-	for (int i = 0; i < IX_SLOTS; i++)
-		if (notif_of(slot_at(i))->id == 0 && !atomic_exchange(&ix_guard_state.slot_taken[i], 1))
-			return i;
-	return -EAGAIN;
-}
-
-/* slot -1: any free one. Returns 0, or -EAGAIN where this listener has had its share. */
-int ix_start_receiver(struct ix_listener *listener, int slot, bool recover)
-{
-	if (atomic_fetch_add(&listener->receivers, 1) >= IX_RECEIVERS_PER_LISTENER && !recover)
-		goto no;
-	if (slot < 0)
-		slot = take_slot();
-	struct receiver *r = slot < 0 ? NULL : malloc(sizeof(*r));
-	if (!r)
-		goto no;
-	*r = (struct receiver){.listener = listener, .slot = slot, .recover = recover};
-	pthread_attr_t attr;
-	pthread_t thread;
-	pthread_attr_init(&attr);
-	pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
-	pthread_attr_setstacksize(&attr, 256 * 1024);
-	int failed = pthread_create(&thread, &attr, receiver_main, r);
-	pthread_attr_destroy(&attr);
-	if (!failed)
-		return 0;
-	free(r);
-	atomic_store(&ix_guard_state.slot_taken[slot], 0);
-no:
-	atomic_fetch_sub(&listener->receivers, 1);
-	return -EAGAIN;
+	ix_forget(slot);
 }
 
 static void prepare_questions(void)
@@ -351,6 +260,8 @@ int ix_guard(int link_fd, int journal_fd, int proc_fd, const struct ix_guard_con
 	pthread_mutex_init(&g->stats_lock, NULL);
 	atomic_store(&g->next_seq, now_ns() >> 16);
 	prepare_questions();
+	if (ix_start_watchdog() < 0)
+		return -1;
 	srandom((unsigned int)now_ns());
 	ix_link_serve();
 	/* Without a daemon for good: the receivers go on until their listeners end. */

@@ -11,8 +11,12 @@ enum { IX_GUARD_FDS = 3, IX_RECEIVERS_PER_LISTENER = 32, IX_LISTENERS = 192 };
 struct ix_listener {
 	int fd;
 	uint32_t index;
-	atomic_int idle;               /* receivers that wait for a call */
 	atomic_int receivers;
+	atomic_int leader;             /* 1: one of them receives, or serves what it received; the others wait here */
+	atomic_int followers;          /* how many wait */
+	atomic_int serving;            /* how many look at a call */
+	atomic_int turn;               /* odd: the leader serves a call */
+	atomic_int wary;               /* calls to be received warily: a leader was stuck not long ago */
 	atomic_int dropped;
 };
 
@@ -37,6 +41,7 @@ struct ix_guard_state {
 	struct ix_listener listeners[IX_LISTENERS];
 	struct ix_question questions[IX_SLOTS];
 	atomic_uchar slot_taken[IX_SLOTS];
+	atomic_int watching;           /* the watchdog is awake */
 	atomic_uint_fast64_t next_seq;
 	pthread_mutex_t cache_lock;
 	pthread_mutex_t stats_lock;
@@ -47,7 +52,8 @@ extern struct ix_guard_state ix_guard_state;
 struct ix_call {
 	struct ix_slot *slot;
 	struct ix_question *question;
-	int listener_fd;
+	struct ix_listener *listener;
+	int turn;                      /* of the listener, while this thread leads; else 0 */
 	int tid;
 	uint64_t id;
 	uint64_t args[6];
@@ -82,14 +88,24 @@ int ix_guard(int link_fd, int journal_fd, int proc_fd, const struct ix_guard_con
 bool ix_still_waiting(const struct ix_call *call);
 /* Asks the daemon; false if there was no answer in time. The caller closes answer_fd. */
 bool ix_question(struct ix_call *call, struct ix_ask *ask, const int *fds, int fd_count);
+void ix_serve_call(struct ix_listener *listener, struct ix_slot *slot, int turn, bool overloaded, bool recover);
+void ix_forget(struct ix_slot *slot);
+/* receive.c */
+int ix_start_receiver(struct ix_listener *listener, int slot, bool recover);
+int ix_start_watchdog(void);
+/* Before a wait: somebody else receives from here on. */
+void ix_step_down(struct ix_call *call);
+void ix_end_listener(struct ix_listener *listener);
 /* link.c */
 int ix_link_serve(void);
 bool ix_link_send(const void *message, size_t size, const int *fds, int fd_count);
-int ix_start_receiver(struct ix_listener *listener, int slot, bool recover);
 /* cache.c */
 int ix_cache_get(uint64_t mnt_id, enum ix_op op, int *error);
 void ix_cache_put(uint64_t mnt_id, enum ix_op op, int error);
 void ix_cache_flush(void);
+bool ix_cache_is_foreign(const struct ix_stat *st);
+void ix_cache_put_foreign(const struct ix_stat *st);
+void ix_cache_forget_foreign(const struct ix_stat *st);
 /* handle.c */
 struct ix_reply ix_handle(struct ix_call *call, uint32_t arch, int nr);
 bool ix_is_ours(int fd, const struct ix_stat *st);
@@ -115,5 +131,7 @@ bool ix_caller_rules(const struct ix_call *call, int ns_fd);
 void ix_account(const struct ix_call *call);
 /* resolve.c */
 int ix_open_caller(int proc_fd, int tid, const char *what, int flags);
+/* Writes "TID/what" to name and returns its length; `what` is one of a few short words. */
+int ix_caller_path(char *name, int tid, const char *what);
 
 #endif

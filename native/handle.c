@@ -73,12 +73,51 @@ bool ix_is_ours(int fd, const struct ix_stat *st)
 {
 	const struct ix_guard_config *c = &ix_guard_state.config;
 	uint64_t magic;
-	if (st->dev_major != 0)
+	if (ix_cache_is_foreign(st))
 		return false;
 	if ((st->dev_major == c->view_major && st->dev_minor == c->view_minor) ||
 	    (st->dev_major == c->shield_major && st->dev_minor == c->shield_minor))
 		return true;
-	return ix_fs_magic(fd, &magic) == 0 && (magic == IX_PROC_SUPER_MAGIC || magic == IX_SYSFS_MAGIC);
+	if (ix_fs_magic(fd, &magic) < 0)
+		return false;
+	if (magic == IX_PROC_SUPER_MAGIC || magic == IX_SYSFS_MAGIC)
+		return true;
+	ix_cache_put_foreign(st);
+	return false;
+}
+
+/*
+ * Whether a glance at the path suffices to let the kernel run the call: one statx instead of two opens. It resolves
+ * like the caller but for what climbs above a root (`..` in a chroot) and for links that start at one, which are not
+ * found; so it may only ever lead to CONTINUE, which is never wrong (the welds hold), and all else looks properly.
+ */
+static bool glance(const struct ix_call *call, const char *path, bool follow, struct ix_stat *st)
+{
+	char name[PATH_MAX + 32];
+	int flags = AT_STATX_DONT_SYNC | AT_NO_AUTOMOUNT | (follow ? 0 : AT_SYMLINK_NOFOLLOW);
+	if (path[0] == '\0')
+		return false;
+	int prefix = ix_caller_path(name, call->tid, path[0] == '/' ? "root" : "cwd/");
+	memcpy(name + prefix, path, strlen(path) + 1);
+	return ix_statx(ix_guard_state.proc, name, flags, st) == 0;
+}
+
+static bool known_harmless(const struct ix_call *call, enum ix_op op, bool follow, struct ix_reply *reply)
+{
+	struct ix_stat st;
+	int error;
+	if (!glance(call, call->path, follow, &st))
+		return false;
+	if (!st.mount_root)
+		*reply = ix_let_kernel_run("no mount: EINVAL is the kernel's");
+	else if (ix_cache_is_foreign(&st))
+		*reply = ix_let_kernel_run("a mount of the container's own");
+	else if (ix_cache_get(st.mnt_id, op, &error) == 1) {
+		__atomic_add_fetch(&ix_guard_state.journal->cached, 1, __ATOMIC_RELAXED);
+		*reply = ix_let_kernel_run("cached verdict");
+	} else
+		return false;
+	return true;
 }
 
 /* From the cache, from what the mount is, or from the daemon. */
@@ -121,16 +160,23 @@ static struct ix_reply handle_umount(struct ix_call *call, uint64_t flags)
 		return ix_let_kernel_run("a path that the kernel refuses");
 	if (ix_guard_state.config.account_units)
 		ix_account(call);
+	enum ix_op op = flags & MNT_DETACH ? IX_OP_DETACH : IX_OP_UMOUNT;
+	struct ix_reply reply;
+	/* A lazy one is what original bases are asked for again and again; its refusal takes the proper look anyway. */
+	if (op == IX_OP_UMOUNT && known_harmless(call, op, !(flags & UMOUNT_NOFOLLOW), &reply))
+		return reply;
 	if (resolve_target(call, !(flags & UMOUNT_NOFOLLOW)) < 0)
 		return ix_let_kernel_run("a path that does not resolve");
 	if (!call->target_stat.mount_root)
 		return ix_let_kernel_run("no mount: EINVAL is the kernel's");
-	enum ix_op op = flags & MNT_DETACH ? IX_OP_DETACH : IX_OP_UMOUNT;
 	return ix_decide(call, op, call->target, &call->target_stat, flags);
 }
 
 static struct ix_reply handle_remount(struct ix_call *call, uint64_t flags)
 {
+	struct ix_reply reply;
+	if (known_harmless(call, IX_OP_REMOUNT, true, &reply))
+		return reply;
 	if (resolve_target(call, true) < 0 || !call->target_stat.mount_root)
 		return ix_let_kernel_run("no mount: EINVAL is the kernel's");
 	return ix_decide(call, IX_OP_REMOUNT, call->target, &call->target_stat, flags);
@@ -141,6 +187,8 @@ static struct ix_reply handle_bind(struct ix_call *call)
 	struct ix_stat st;
 	if (ix_read_string(call->tid, call->args[0], call->text, sizeof(call->text)) < 0)
 		return ix_let_kernel_run("a source that the kernel refuses");
+	if (glance(call, call->text, true, &st) && (!S_ISDIR(st.mode) || ix_cache_is_foreign(&st)))
+		return ix_let_kernel_run("nothing welded can be below");
 	cleanup_close int source = ix_resolve(ix_guard_state.proc, call->tid, AT_FDCWD, call->text, true);
 	if (source < 0 || ix_statx(source, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0)
 		return ix_let_kernel_run("a source that does not resolve");
@@ -275,12 +323,14 @@ static struct ix_reply handle_mount(struct ix_call *call)
 	uint64_t flags = call->args[3];
 	if ((flags & MS_MGC_MSK) == MS_MGC_VAL)
 		flags &= ~(uint64_t)MS_MGC_MSK;
+	if ((flags & (MS_REMOUNT | MS_BIND | MS_REC)) == (MS_BIND | MS_REC))
+		return ix_let_kernel_run("recursive binds bring the welds along");
 	if (ix_read_string(call->tid, call->args[1], call->path, sizeof(call->path)) < 0)
 		return ix_let_kernel_run("a target that the kernel refuses");
 	if (flags & MS_REMOUNT)
 		return handle_remount(call, flags);
 	if (flags & MS_BIND)
-		return flags & MS_REC ? ix_let_kernel_run("recursive binds bring the welds along") : handle_bind(call);
+		return handle_bind(call);
 	if (flags & (MS_SHARED | MS_PRIVATE | MS_SLAVE | MS_UNBINDABLE))
 		return ix_let_kernel_run("propagation never uncovers anything welded");
 	if (flags & MS_MOVE)

@@ -71,13 +71,16 @@ static void take_answer(const struct ix_answer *answer, int *fd)
 {
 	struct ix_question *q = &ix_guard_state.questions[answer->seq % IX_SLOTS];
 	pthread_mutex_lock(&q->lock);
-	if (q->seq != 0 && q->seq == answer->seq && !q->done) {
+	bool wanted = q->seq != 0 && q->seq == answer->seq && !q->done;
+	if (wanted) {
 		q->answer = *answer;
 		q->answer_fd = ix_take_fd(fd);
 		q->done = true;
-		pthread_cond_signal(&q->answered);
 	}
 	pthread_mutex_unlock(&q->lock);
+	/* Not before: it would wake up into the lock. */
+	if (wanted)
+		pthread_cond_signal(&q->answered);
 }
 
 /* A new daemon does not know what its predecessor was asked. */
@@ -111,7 +114,9 @@ static void serve_listener(uint32_t index, int *fd)
 	l->fd = ix_take_fd(fd);
 	l->index = index;
 	atomic_store(&l->dropped, 0);
-	atomic_store(&l->idle, 0);
+	atomic_store(&l->leader, 0);
+	atomic_store(&l->wary, 0);
+	atomic_store(&l->serving, 0);
 	/* Six times faster where the kernel has it (6.6+). */
 	ioctl(l->fd, SECCOMP_IOCTL_NOTIF_SET_FLAGS, SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP);
 	/* What a predecessor had received and not answered comes first. */
@@ -131,7 +136,7 @@ static void drop_listener(uint32_t index)
 	for (int i = 0; i < IX_LISTENERS; i++) {
 		struct ix_listener *l = &ix_guard_state.listeners[i];
 		if (atomic_load(&l->receivers) > 0 && l->index == index)
-			atomic_store(&l->dropped, 1);
+			ix_end_listener(l);
 	}
 }
 

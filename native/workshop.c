@@ -123,14 +123,8 @@ static int send_fd(int sock, int fd, int error)
 	return n < 0 ? -errno : 0;
 }
 
-int ix_welder(int sock, const char *staging)
+int ix_welder(int sock)
 {
-	char slot[PATH_MAX];
-	size_t length = strlen(staging);
-	if (length > sizeof(slot) - 3)
-		return -ENAMETOOLONG;
-	memcpy(slot, staging, length);
-	memcpy(slot + length, "/w", 3);
 	/* Mounts that propagate into a mount namespace of another user namespace arrive locked, with their flags
 	 * locked too (lock_mnt_tree() in fs/namespace.c): that is the weld. */
 	if (unshare(CLONE_NEWUSER | CLONE_NEWNS) < 0)
@@ -144,8 +138,8 @@ int ix_welder(int sock, const char *staging)
 			continue;
 		if (n <= 0)
 			return 0;
-		cleanup_close int tree = ix_open_tree(AT_FDCWD, slot, OPEN_TREE_CLONE | AT_RECURSIVE);
-		if (send_fd(sock, tree, tree < 0 ? -tree : 0) < 0)
+		cleanup_close int own = ix_result(open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC));
+		if (send_fd(sock, own, own < 0 ? -own : 0) < 0)
 			return -EPIPE;
 	}
 }

@@ -85,15 +85,14 @@ def _fork(body: Any) -> int:
     return pid
 
 
-def _start_welder(workshop: Workshop) -> socket.socket:
+def _start_welder() -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    staging = os.path.join(workshop.root, "weld").encode()
 
     def body() -> None:
         keep = os.dup2(theirs.fileno(), 3)
         lib.ix_close_range(4, 0xFFFFFFFF)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        lib.ix_welder(keep, staging)
+        lib.ix_welder(keep)
         os._exit(0)
 
     _fork(body)
@@ -128,7 +127,7 @@ class Keeper:
         self.store: dict[str, tuple[Any, list[int]]] = {}
         self.path = os.path.join(runtime_dir, "keeper.sock")
         self.workshop = Workshop(runtime_dir)
-        self.welder = _start_welder(self.workshop)
+        self.welder = _start_welder()
         self.view = _start_view(self.workshop, log_level)
         self.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self.namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)

@@ -109,6 +109,19 @@ class ResolveFlag(enum.IntFlag):
     RESOLVE_CACHED = 0x20
 
 
+class Shown:
+    """Flags that are rendered once somebody looks: in the message of a call that failed."""
+
+    __slots__ = ("_flags", "_kind")
+
+    def __init__(self, flags: int, kind: type[enum.IntFlag]) -> None:
+        self._flags = flags
+        self._kind = kind
+
+    def __str__(self) -> str:
+        return render(self._flags, self._kind)
+
+
 def render(flags: int, kind: type[enum.IntFlag]) -> str:
     """``MS_RDONLY|MS_BIND|0x40000000``: names for known bits, hex for the others, 0 for none."""
     names = [str(m.name) for m in kind if flags & m.value]

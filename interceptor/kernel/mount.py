@@ -19,14 +19,14 @@ from interceptor.kernel.flags import (
     MountFlag,
     MoveMountFlag,
     OpenTreeFlag,
+    Shown,
     UmountFlag,
-    render,
 )
 
 
 def open_tree(dirfd: FdLike, path: Path, flags: int) -> OwnedFd:
     """open_tree(2), always CLOEXEC."""
-    shown = render(flags, OpenTreeFlag)
+    shown = Shown(flags, OpenTreeFlag)
     return owned(lib.ix_open_tree(c_fd(dirfd), c_path(path), flags), "open_tree", c_fd(dirfd), path, shown)
 
 
@@ -39,7 +39,7 @@ def clone_mount(dirfd: FdLike, path: Path = b"", *, recursive: bool = False) -> 
 def move_mount(from_fd: FdLike, from_path: Path, to_fd: FdLike, to_path: Path, flags: int = 0) -> None:
     """move_mount(2); an empty path with a descriptor needs MOVE_MOUNT_{F,T}_EMPTY_PATH."""
     result = lib.ix_move_mount(c_fd(from_fd), c_path(from_path), c_fd(to_fd), c_path(to_path), flags)
-    shown = render(flags, MoveMountFlag)
+    shown = Shown(flags, MoveMountFlag)
     checked(result, "move_mount", c_fd(from_fd), from_path, c_fd(to_fd), to_path, shown)
 
 
@@ -54,12 +54,12 @@ def attach(tree: FdLike, to_fd: FdLike, to_path: Path = b"", *, beneath: bool = 
 def mount(source: Path, target: Path, fstype: Path, flags: int = 0, data: Path = None) -> None:
     """mount(2)."""
     result = lib.ix_mount(c_path(source), c_path(target), c_path(fstype), flags, c_path(data))
-    checked(result, "mount", source, target, fstype, render(flags, MountFlag), data)
+    checked(result, "mount", source, target, fstype, Shown(flags, MountFlag), data)
 
 
 def umount2(target: Path, flags: int = 0) -> None:
     """umount2(2)."""
-    checked(lib.ix_umount2(c_path(target), flags), "umount2", target, render(flags, UmountFlag))
+    checked(lib.ix_umount2(c_path(target), flags), "umount2", target, Shown(flags, UmountFlag))
 
 
 def pivot_root(new_root: Path, put_old: Path) -> None:
@@ -81,7 +81,7 @@ def fsconfig(context: FdLike, command: int, key: Path = None, value: Path = None
 def fsmount(context: FdLike, attributes: int = 0) -> OwnedFd:
     """fsmount(2), always CLOEXEC: a detached mount."""
     result = lib.ix_fsmount(c_fd(context), 0, attributes)
-    return owned(result, "fsmount", c_fd(context), render(attributes, MountAttr))
+    return owned(result, "fsmount", c_fd(context), Shown(attributes, MountAttr))
 
 
 def new_mount(fstype: bytes, options: Mapping[bytes, bytes | None], attributes: int = 0) -> OwnedFd:
@@ -157,8 +157,8 @@ def mount_setattr(
     flags = (0 if path else AT_EMPTY_PATH) | (OpenTreeFlag.AT_RECURSIVE if recursive else 0)
     user = -1 if userns is None else c_fd(userns)
     result = lib.ix_mount_setattr(c_fd(dirfd), c_path(path), flags, set_, clear, propagation, user)
-    shown = f"{{set={render(set_, MountAttr)}, clr={render(clear, MountAttr)}, propagation={propagation:#x}}}"
-    checked(result, "mount_setattr", c_fd(dirfd), path, hex(flags), shown)
+    shown = (Shown(set_, MountAttr), Shown(clear, MountAttr), hex(propagation))
+    checked(result, "mount_setattr", c_fd(dirfd), path, hex(flags), "{set, clr, propagation} =", *shown)
 
 
 def try_errno(error: SyscallError) -> str:

@@ -11,13 +11,18 @@ import os
 import socket
 import stat as stat_module
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from interceptor.errors import InterceptorError, SyscallError
 from interceptor.kernel import mount, stat
 from interceptor.kernel.fd import OwnedFd
 from interceptor.kernel.flags import UmountFlag
+from interceptor.kernel.namespaces import visiting
+
+#: How many trees are welded before the first of them must go, and how long the last stays: seconds.
+TRAY_SLOTS = 32
+TRAY_SECONDS = 0.05
 
 
 class Bench:
@@ -43,36 +48,76 @@ class Welder:
     """The weld: locks on everything below a tree's root, and on the flags of all of it.
 
     A tree is moved to the staging place in one step; it propagates into the standing welder's mount namespace, which
-    belongs to another user namespace, so the kernel locks it on the way (lock_mnt_tree() of fs/namespace.c). The welder
-    answers with a clone, which keeps the locks wherever it is attached. One weld at a time.
+    belongs to another user namespace, so the kernel locks it on the way (lock_mnt_tree() of fs/namespace.c). A clone
+    taken in there keeps the locks wherever it is attached. One weld at a time, by a thread that may visit namespaces.
+
+    Trees are welded on a tray, a tmpfs of the staging place, and go together with it some time after the last weld:
+    the end of a mount waits for an RCU grace period, which whoever waits for a weld need not wait for as well.
     """
 
-    def __init__(self, sock: OwnedFd, staging: str) -> None:
-        self._sock = socket.socket(fileno=sock.take())
-        self._slot = os.path.join(staging, "w")
+    def __init__(
+        self, sock: OwnedFd, staging: str, home: OwnedFd, later: Callable[[float, Callable[[], None]], object]
+    ) -> None:
+        self._tray = os.path.join(staging, "w")
+        self._home = home
+        self._later = later
+        self._namespace = _namespace_of(sock)
+        self._used = 0
+        self._clear_due = False
+        while stat.statx(mount.AT_FDCWD, self._tray).mount_root:  # left by a predecessor
+            mount.umount2(self._tray, UmountFlag.MNT_DETACH)
 
     def weld(self, tree: OwnedFd | str) -> OwnedFd:
         """A welded clone of a tree, detached or on the bench, which is used up. Raises `InterceptorError`."""
+        slot = self._slot(tree)
         if isinstance(tree, OwnedFd):
             with tree:
-                mount.attach(tree, mount.AT_FDCWD, self._slot)
+                mount.attach(tree, mount.AT_FDCWD, slot)
         else:
-            mount.move_mount(mount.AT_FDCWD, tree, mount.AT_FDCWD, self._slot)
-        try:
-            return self._clone()
-        finally:
-            mount.umount2(self._slot, UmountFlag.MNT_DETACH)
+            mount.move_mount(mount.AT_FDCWD, tree, mount.AT_FDCWD, slot)
+        if not self._clear_due:
+            self._clear_due = True
+            self._later(TRAY_SECONDS, self.clear)
+        with visiting(self._namespace, self._home):
+            return mount.clone_mount(mount.AT_FDCWD, slot, recursive=True)
 
-    def _clone(self) -> OwnedFd:
-        self._sock.send(b"w")
-        data, ancillary, _, _ = self._sock.recvmsg(4, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
-        if len(data) != 4:
-            raise InterceptorError("the welder is gone", "restart the service")
-        (error,) = struct.unpack("i", data)
-        if error or not ancillary:
-            raise SyscallError(error, "open_tree in the welder's namespace")
-        (fd,) = struct.unpack("i", ancillary[0][2])
-        return OwnedFd(fd)
+    def _slot(self, tree: OwnedFd | str) -> str:
+        if self._used == TRAY_SLOTS:
+            self._take_tray_away()
+        if not self._used:
+            mount.mount(b"interceptor-tray", self._tray, b"tmpfs", 2 | 4 | 8, b"mode=0700")
+        slot = os.path.join(self._tray, str(self._used))
+        self._used += 1
+        found = stat.statx(tree) if isinstance(tree, OwnedFd) else stat.statx(mount.AT_FDCWD, tree)
+        if stat_module.S_ISDIR(found.mode):
+            os.mkdir(slot, 0o700)
+        else:
+            os.close(os.open(slot, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        return slot
+
+    def clear(self) -> None:
+        """Lets go what was welded."""
+        self._clear_due = False
+        self._take_tray_away()
+
+    def _take_tray_away(self) -> None:
+        if self._used:
+            self._used = 0
+            mount.umount2(self._tray, UmountFlag.MNT_DETACH)
+
+
+def _namespace_of(sock: OwnedFd) -> OwnedFd:
+    """The welder's mount namespace. Raises `InterceptorError`."""
+    with socket.socket(fileno=sock.take()) as asked:
+        asked.send(b"n")
+        data, ancillary, _, _ = asked.recvmsg(4, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+    if len(data) != 4:
+        raise InterceptorError("the welder is gone", "restart the service")
+    (error,) = struct.unpack("i", data)
+    if error or not ancillary:
+        raise SyscallError(error, "open of the welder's mount namespace")
+    (fd,) = struct.unpack("i", ancillary[0][2])
+    return OwnedFd(fd)
 
 
 class Kept:
