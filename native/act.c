@@ -41,7 +41,7 @@ bool ix_has_mounts_below(struct ix_call *call, uint64_t mnt_id)
 static bool begin(struct ix_call *call, uint32_t act, uint64_t gone_id, uint64_t there_id)
 {
 	struct ix_slot *slot = call->slot;
-	if (!ix_still_waiting(call))
+	if (!ix_still_wanted(call))
 		return false;
 	slot->act = act;
 	slot->gone_id = gone_id;
@@ -50,7 +50,8 @@ static bool begin(struct ix_call *call, uint32_t act, uint64_t gone_id, uint64_t
 	return true;
 }
 
-static struct ix_reply finish(struct ix_call *call, int result)
+/* The truth, which only needs saying; to the call's restart, if it is broken off before. */
+struct ix_reply ix_acted(struct ix_call *call, int result)
 {
 	call->slot->result = result;
 	__atomic_store_n(&call->slot->phase, IX_PHASE_ACTED, __ATOMIC_RELEASE);
@@ -104,74 +105,147 @@ static bool listed(const struct ix_answer *answer, uint64_t id)
 	return false;
 }
 
-static bool has_own_mounts(uint64_t base_id, const struct ix_answer *answer, uint64_t target_id)
+/* Clones of the container's own mounts on a base, and where they belong within it. */
+struct own_mounts {
+	int count;
+	int trees[IX_MAX_IDS];
+	char *places[IX_MAX_IDS];
+};
+
+static void drop_own_mounts(struct own_mounts *own)
 {
-	uint64_t ids[256];
-	int64_t n = ix_listmount(base_id, 0, 0, ids, 256);
-	for (int64_t i = 0; i < n; i++)
-		if (ids[i] != target_id && !listed(answer, ids[i]))
-			return true;
-	return n < 0 || n == 256;
+	while (own->count > 0) {
+		own->count--;
+		ix_close_fd(&own->trees[own->count]);
+		free(own->places[own->count]);
+	}
 }
 
-/* Clones of the container's own mounts on a base and on the submounts that stay, onto the composite that takes its
- * place. What stands on the submount that is being removed goes with it. */
-static int carry_over(uint64_t base_id, const char *base_point, const struct ix_answer *answer, uint64_t target_id,
-		      int composite)
+/* What is not welded to a base and stands on it or on something that is. The welded mounts are listed in the answer;
+ * a successor has none and looks at the composite, which has a mount wherever the base has a welded one. */
+struct base {
+	uint64_t id;
+	const char *point;
+	const struct ix_answer *answer;
+	uint64_t target_id;            /* what stands on it goes with it */
+	uint64_t composite_id;
+};
+
+/* Whether a mount of the composite, not one of the base that covers it, stands at `point`. */
+static bool composite_has(const struct base *base, const char *point)
+{
+	uint64_t ids[256];
+	int64_t n = ix_listmount(base->composite_id, 0, 0, ids, 256);
+	while (n-- > 0) {
+		struct mount_info info;
+		uint64_t at = ids[n];
+		if (mount_info(at, &info) < 0 || strcmp(mount_point(&info), point) != 0)
+			continue;
+		while (at != base->id && at != base->composite_id && mount_info(at, &info) == 0)
+			at = info.sm.mnt_parent_id;
+		if (at == base->composite_id)
+			return true;
+	}
+	return false;
+}
+
+static bool is_welded(const struct base *base, uint64_t id, const char *point)
+{
+	if (base->answer)
+		return listed(base->answer, id);
+	return composite_has(base, point);
+}
+
+static bool is_own(const struct base *base, uint64_t id, const struct mount_info *info)
+{
+	struct mount_info above;
+	uint64_t parent = info->sm.mnt_parent_id;
+	if (id == base->target_id || parent == base->target_id || is_welded(base, id, mount_point(info)))
+		return false;
+	return parent == base->id || (mount_info(parent, &above) == 0 && is_welded(base, parent, mount_point(&above)));
+}
+
+static int collect_own_mounts(const struct base *base, struct own_mounts *own)
 {
 	uint64_t ids[64], last = 0;
-	size_t prefix = strcmp(base_point, "/") == 0 ? 0 : strlen(base_point);
+	size_t prefix = strcmp(base->point, "/") == 0 ? 0 : strlen(base->point);
 	for (;;) {
-		int64_t n = ix_listmount(base_id, 0, last, ids, 64);
+		int64_t n = ix_listmount(base->id, 0, last, ids, 64);
 		if (n <= 0)
 			return (int)n;
 		for (int64_t i = 0; i < n; i++) {
 			struct mount_info info;
 			last = ids[i];
-			if (ids[i] == target_id || listed(answer, ids[i]) || mount_info(ids[i], &info) < 0)
+			if (mount_info(ids[i], &info) < 0 || !is_own(base, ids[i], &info))
 				continue;
-			if (info.sm.mnt_parent_id != base_id && !listed(answer, info.sm.mnt_parent_id))
-				continue;
-			cleanup_close int child = open_mount(ids[i], &info);
-			if (child < 0)
-				return child;
-			cleanup_close int tree = ix_open_tree(child, "", OPEN_TREE_CLONE | AT_RECURSIVE | AT_EMPTY_PATH);
-			if (tree < 0)
-				return tree;
-			cleanup_close int at = ix_openat2(composite, mount_point(&info) + prefix + 1, O_PATH | O_NOFOLLOW, 0,
-							  RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS);
-			int r = at < 0 ? at : ix_move_mount(tree, "", at, "", EFFECT_FLAGS);
-			if (r < 0)
-				return r;
+			if (own->count == IX_MAX_IDS)
+				return -E2BIG;
+			cleanup_close int top = open_mount(ids[i], &info);
+			if (top < 0)
+				return top;
+			int tree = ix_open_tree(top, "", OPEN_TREE_CLONE | AT_RECURSIVE | AT_EMPTY_PATH);
+			char *place = tree < 0 ? NULL : strdup(mount_point(&info) + prefix + 1);
+			if (!place) {
+				ix_close_fd(&tree);
+				return -EBUSY;
+			}
+			own->trees[own->count] = tree;
+			own->places[own->count++] = place;
 		}
 	}
 }
 
+static int open_within(int root, const char *place)
+{
+	return ix_openat2(root, place, O_PATH | O_NOFOLLOW, 0, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS);
+}
+
+static int put_own_mounts(struct own_mounts *own, int composite)
+{
+	int result = 0;
+	for (int i = 0; i < own->count; i++) {
+		cleanup_close int at = open_within(composite, own->places[i]);
+		int r = at < 0 ? at : ix_move_mount(own->trees[i], "", at, "", EFFECT_FLAGS);
+		if (r < 0)
+			result = r;
+	}
+	return result;
+}
+
+/* Those that were carried over still stand on the old one, and going with it they would go from its peers too,
+ * originals among them. Elsewhere the old one then stays, where its parent has peers or slaves. */
+static int detach_old(int old, const struct own_mounts *own)
+{
+	if (own->count)
+		ix_mount_setattr(old, "", AT_EMPTY_PATH | AT_RECURSIVE, 0, 0, MS_PRIVATE, -1);
+	return detach(old);
+}
+
 /*
  * First beneath the old one, then the container's own mounts onto it, then away with the old one: at no instant is
- * there a gap, and nothing of it shows before it is complete. Kernels before 6.5 leave a gap.
+ * there a gap, and nothing of it shows before it is complete. Kernels before 6.5 leave a gap. What may fail comes
+ * first: what stands beneath another mount cannot be taken away alone.
  */
-static int replace(const struct ix_call *call, int base, const char *point, const struct ix_answer *answer, int composite)
+static int replace(int old, const struct base *base, struct own_mounts *own, int composite)
 {
-	uint64_t base_id = answer->base_id, target_id = call->target_stat.mnt_id;
-	int r = ix_move_mount(composite, "", base, "", EFFECT_FLAGS | MOVE_MOUNT_BENEATH);
+	int r = collect_own_mounts(base, own);
+	for (int i = 0; i < own->count && r >= 0; i++) {
+		cleanup_close int at = open_within(composite, own->places[i]);
+		r = at;
+	}
+	if (r < 0)
+		return -EBUSY;
+	r = ix_move_mount(composite, "", old, "", EFFECT_FLAGS | MOVE_MOUNT_BENEATH);
 	if (r < 0) {
 		/* The container's own mounts would be lost on the way: then rather nothing. */
-		if (has_own_mounts(base_id, answer, target_id))
+		if (own->count)
 			return -EBUSY;
-		r = detach(base);
-		return r < 0 ? r : ix_move_mount(composite, "", AT_FDCWD, point, MOVE_MOUNT_F_EMPTY_PATH);
+		r = detach(old);
+		return r < 0 ? r : ix_move_mount(composite, "", AT_FDCWD, base->point, MOVE_MOUNT_F_EMPTY_PATH);
 	}
-	r = carry_over(base_id, point, answer, target_id, composite);
-	if (r < 0) {
-		detach(composite);
+	if (put_own_mounts(own, composite) < 0)
 		return -EBUSY;
-	}
-	/* Those that were carried over still stand on the old one, and going with it they would go from its peers too,
-	 * originals among them. Elsewhere the old one then stays, where its parent has peers or slaves. */
-	if (has_own_mounts(base_id, answer, target_id))
-		ix_mount_setattr(base, "", AT_EMPTY_PATH | AT_RECURSIVE, 0, 0, MS_PRIVATE, -1);
-	return detach(base);
+	return detach_old(old, own);
 }
 
 static struct ix_reply act_swap(struct ix_call *call, const struct ix_answer *answer, int composite)
@@ -182,7 +256,11 @@ static struct ix_reply act_swap(struct ix_call *call, const struct ix_answer *an
 		return ix_deny(EBUSY);
 	if (!begin(call, IX_ACT_SWAP, answer->base_id, answer->there_id))
 		return ix_deny(EINTR);
-	return finish(call, replace(call, base, mount_point(&info), answer, composite));
+	struct own_mounts own = {0};
+	struct base of = {answer->base_id, mount_point(&info), answer, call->target_stat.mnt_id, 0};
+	int r = replace(base, &of, &own, composite);
+	drop_own_mounts(&own);
+	return ix_acted(call, r);
 }
 
 static struct ix_reply act_detach(struct ix_call *call, const struct ix_answer *answer)
@@ -191,14 +269,14 @@ static struct ix_reply act_detach(struct ix_call *call, const struct ix_answer *
 		return ix_deny(EBUSY);
 	if (!begin(call, IX_ACT_DETACH, answer->base_id, 0))
 		return ix_deny(EINTR);
-	return finish(call, detach(call->target));
+	return ix_acted(call, detach(call->target));
 }
 
 static struct ix_reply act_attach(struct ix_call *call, const struct ix_answer *answer, int composite)
 {
 	if (!begin(call, IX_ACT_ATTACH, 0, answer->there_id))
 		return ix_deny(EINTR);
-	return finish(call, ix_move_mount(composite, "", call->target, "", EFFECT_FLAGS));
+	return ix_acted(call, ix_move_mount(composite, "", call->target, "", EFFECT_FLAGS));
 }
 
 static struct ix_reply act_flags(struct ix_call *call, const struct ix_answer *answer)
@@ -285,7 +363,7 @@ static struct ix_reply bind_in_namespace(struct ix_call *call, int source)
 	int r = ix_move_mount(tree, "", call->target, "", EFFECT_FLAGS);
 	if (r == 0)
 		strip_own_mounts(st.mnt_id);
-	return finish(call, r);
+	return ix_acted(call, r);
 }
 
 /* A bind that is not recursive, of something with welded submounts below: they come along, nothing else does. */
@@ -303,10 +381,26 @@ struct ix_reply ix_act_attach_held(struct ix_call *call, int tree, uint64_t mnt_
 	if (ix_enter(call) < 0)
 		return ix_let_kernel_run("the caller's mount namespace is gone");
 	struct ix_reply reply = begin(call, IX_ACT_ATTACH, 0, mnt_id)
-					? finish(call, ix_move_mount(tree, "", to, "", EFFECT_FLAGS | flags))
+					? ix_acted(call, ix_move_mount(tree, "", to, "", EFFECT_FLAGS | flags))
 					: ix_deny(EINTR);
 	ix_leave();
 	return reply;
+}
+
+/* The composite stands beneath the old base, and only part of the container's own mounts have been carried over. */
+static void finish_swap(uint64_t gone_id, uint64_t there_id)
+{
+	struct mount_info info;
+	struct own_mounts own = {0};
+	cleanup_close int old = open_mount(gone_id, &info);
+	struct base base = {.id = gone_id, .point = mount_point(&info), .composite_id = there_id};
+	if (old < 0)
+		return;
+	if (collect_own_mounts(&base, &own) >= 0 && detach_old(old, &own) >= 0) {
+		cleanup_close int composite = open_mount(there_id, &info);
+		put_own_mounts(&own, composite);
+	}
+	drop_own_mounts(&own);
 }
 
 /* After a guard's death in mid-effect: whether the effect took place, judged by the mount table alone. */
@@ -322,11 +416,8 @@ bool ix_act_recover(struct ix_call *call, int *result)
 		return false;
 	bool there = slot->there_id && mount_info(slot->there_id, &info) == 0;
 	bool gone = slot->gone_id && mount_info(slot->gone_id, &info) == -ENOENT;
-	if (slot->act == IX_ACT_SWAP && there && !gone) {
-		cleanup_close int old = open_mount(slot->gone_id, &info);
-		if (old >= 0)
-			detach(old);
-	}
+	if (slot->act == IX_ACT_SWAP && there && !gone)
+		finish_swap(slot->gone_id, slot->there_id);
 	ix_leave();
 	*result = 0;
 	return slot->act == IX_ACT_DETACH ? gone : there;

@@ -9,6 +9,11 @@
 
 struct ix_guard_state ix_guard_state;
 
+static struct ix_slot *slot_at(int i)
+{
+	return &ix_guard_state.journal->slots[i];
+}
+
 static struct seccomp_notif *notif_of(struct ix_slot *slot)
 {
 	return (struct seccomp_notif *)(void *)slot->notif;
@@ -19,6 +24,69 @@ static uint64_t now_ns(void)
 	struct timespec t;
 	clock_gettime(CLOCK_MONOTONIC, &t);
 	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* Whether `a` is an earlier call of the same thread than `b`. IDs of a listener only grow (kernel/seccomp.c). */
+static bool earlier(struct ix_slot *a, struct ix_slot *b)
+{
+	const struct seccomp_notif *x = notif_of(a), *y = notif_of(b);
+	return a != b && x->id != 0 && x->pid == y->pid && a->listener == b->listener && (int64_t)(x->id - y->id) < 0;
+}
+
+static bool has_earlier(struct ix_slot *slot)
+{
+	for (int i = 0; i < IX_SLOTS; i++)
+		if (earlier(slot_at(i), slot))
+			return true;
+	return false;
+}
+
+/*
+ * A signal breaks a call off while we are at it, and the thread makes it again: now there are two, and no thread waits
+ * for the first. What becomes of that must be known before the second is looked at. Returns whether its caller waits.
+ */
+static bool await_turn(struct ix_call *call)
+{
+	struct ix_guard_state *g = &ix_guard_state;
+	bool *awaits = &g->awaits[call->slot - g->journal->slots];
+	if (atomic_load(&g->busy) < 2)
+		return true;
+	ix_step_down(call);
+	pthread_mutex_lock(&g->turn_lock);
+	bool waited = false;
+	while (has_earlier(call->slot)) {
+		/* Of those that wait only the newest has a caller: the others need not go on. */
+		if (!waited)
+			pthread_cond_broadcast(&g->turn_over);
+		waited = *awaits = true;
+		pthread_cond_wait(&g->turn_over, &g->turn_lock);
+		if (!ix_still_waiting(call))
+			break;
+	}
+	*awaits = false;
+	pthread_mutex_unlock(&g->turn_lock);
+	return !waited || ix_still_waiting(call);
+}
+
+/* Whether somebody wants the effect: the caller, or the caller once more. That one gets the result as an orphan's. */
+bool ix_still_wanted(struct ix_call *call)
+{
+	struct ix_guard_state *g = &ix_guard_state;
+	const struct seccomp_notif *mine = notif_of(call->slot);
+	if (ix_still_waiting(call))
+		return true;
+	bool wanted = false;
+	pthread_mutex_lock(&g->turn_lock);
+	for (int i = 0; i < IX_SLOTS && !wanted; i++) {
+		const struct seccomp_notif *again = notif_of(slot_at(i));
+		uint64_t id = again->id;
+		/* Equal in everything: architecture, number, arguments, and the instruction it comes from. */
+		wanted = g->awaits[i] && earlier(call->slot, slot_at(i)) &&
+			 memcmp(&again->data, &mine->data, sizeof(mine->data)) == 0 &&
+			 ioctl(call->listener->fd, SECCOMP_IOCTL_NOTIF_ID_VALID, &id) == 0;
+	}
+	pthread_mutex_unlock(&g->turn_lock);
+	return wanted;
 }
 
 static void count(uint64_t *counter)
@@ -85,6 +153,9 @@ bool ix_question(struct ix_call *call, struct ix_ask *ask, const int *fds, int f
 static void remember_orphan(struct ix_call *call, const struct seccomp_notif *n, int result)
 {
 	struct ix_stat st = {0};
+	/* A successor has not read it yet. */
+	if (!call->path[0] && ix_read_string(call->tid, call->args[n->data.nr == SYS_mount], call->path, sizeof(call->path)) < 0)
+		return;
 	cleanup_close int fd = ix_resolve(ix_guard_state.proc, call->tid, AT_FDCWD, call->path, true);
 	if (fd < 0 || ix_statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0)
 		return;
@@ -143,11 +214,13 @@ static struct ix_reply examine(struct ix_call *call, const struct seccomp_notif 
 	if (recover && call->slot->phase >= IX_PHASE_ACTING) {
 		call->mntns = ix_open_caller(ix_guard_state.proc, call->tid, "ns/mnt", O_RDONLY);
 		if (ix_act_recover(call, &result))
-			return (struct ix_reply){.outcome = IX_HANDLED, .error = -result};
+			return ix_acted(call, result);
 	}
 	call->slot->phase = IX_PHASE_RECEIVED;
+	if (!await_turn(call))
+		return ix_deny(EINTR);
 	if (__atomic_load_n(&ix_guard_state.journal->orphaned, __ATOMIC_ACQUIRE) && adopt_orphan(call, n, &result))
-		return (struct ix_reply){.outcome = IX_HANDLED, .error = -result};
+		return ix_acted(call, result);
 	if (ix_guard_state.config.mode == 2)
 		return answer_at_random(call, n);
 	return ix_handle(call, n->data.arch, n->data.nr);
@@ -174,6 +247,16 @@ static int give(const struct ix_call *call, const struct ix_reply *reply)
 		r = ioctl(call->listener->fd, SECCOMP_IOCTL_NOTIF_ADDFD, &add);
 	while (r < 0 && errno == EINTR);
 	return r;
+}
+
+static void end_call(struct ix_slot *slot)
+{
+	struct ix_guard_state *g = &ix_guard_state;
+	pthread_mutex_lock(&g->turn_lock);
+	ix_forget(slot);
+	atomic_fetch_sub(&g->busy, 1);
+	pthread_cond_broadcast(&g->turn_over);
+	pthread_mutex_unlock(&g->turn_lock);
 }
 
 static void send_reply(struct ix_call *call, const struct ix_reply *reply)
@@ -227,7 +310,7 @@ void ix_serve_call(struct ix_listener *listener, struct ix_slot *slot, int turn,
 	record(reply.outcome, now_ns() - start);
 	if (overloaded)
 		count(&ix_guard_state.journal->overloaded);
-	ix_forget(slot);
+	end_call(slot);
 }
 
 static void prepare_questions(void)
@@ -258,6 +341,8 @@ int ix_guard(int link_fd, int journal_fd, int proc_fd, const struct ix_guard_con
 	close(journal_fd);
 	pthread_mutex_init(&g->cache_lock, NULL);
 	pthread_mutex_init(&g->stats_lock, NULL);
+	pthread_mutex_init(&g->turn_lock, NULL);
+	pthread_cond_init(&g->turn_over, NULL);
 	atomic_store(&g->next_seq, now_ns() >> 16);
 	prepare_questions();
 	if (ix_start_watchdog() < 0)
@@ -265,8 +350,9 @@ int ix_guard(int link_fd, int journal_fd, int proc_fd, const struct ix_guard_con
 	srandom((unsigned int)now_ns());
 	ix_link_serve();
 	/* Without a daemon for good: the receivers go on until their listeners end. */
+	pthread_mutex_lock(&g->turn_lock);
 	for (int i = 0; i < IX_LISTENERS; i++)
 		while (atomic_load(&g->listeners[i].receivers) > 0)
-			pause();
+			pthread_cond_wait(&g->turn_over, &g->turn_lock);
 	return 0;
 }

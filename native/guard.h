@@ -45,6 +45,10 @@ struct ix_guard_state {
 	atomic_uint_fast64_t next_seq;
 	pthread_mutex_t cache_lock;
 	pthread_mutex_t stats_lock;
+	pthread_mutex_t turn_lock;
+	pthread_cond_t turn_over;      /* a call has been answered, or its result is on record */
+	atomic_int busy;               /* calls received and not answered */
+	bool awaits[IX_SLOTS];         /* a restart waits for what becomes of the call broken off; under turn_lock */
 };
 extern struct ix_guard_state ix_guard_state;
 
@@ -86,6 +90,7 @@ static inline struct ix_reply ix_deny(int error)
 /* guard.c */
 int ix_guard(int link_fd, int journal_fd, int proc_fd, const struct ix_guard_config *config);
 bool ix_still_waiting(const struct ix_call *call);
+bool ix_still_wanted(struct ix_call *call);
 /* Asks the daemon; false if there was no answer in time. The caller closes answer_fd. */
 bool ix_question(struct ix_call *call, struct ix_ask *ask, const int *fds, int fd_count);
 void ix_serve_call(struct ix_listener *listener, struct ix_slot *slot, int turn, bool overloaded, bool recover);
@@ -95,6 +100,7 @@ int ix_start_receiver(struct ix_listener *listener, int slot, bool recover);
 int ix_start_watchdog(void);
 /* Before a wait: somebody else receives from here on. */
 void ix_step_down(struct ix_call *call);
+void ix_release_listener(struct ix_listener *listener);
 void ix_end_listener(struct ix_listener *listener);
 /* link.c */
 int ix_link_serve(void);
@@ -120,6 +126,7 @@ struct ix_reply ix_handle_move_mount(struct ix_call *call);
 bool ix_has_mounts_below(struct ix_call *call, uint64_t mnt_id);
 int ix_enter(const struct ix_call *call);
 void ix_leave(void);
+struct ix_reply ix_acted(struct ix_call *call, int result);
 struct ix_reply ix_act(struct ix_call *call, const struct ix_answer *answer, int fd);
 struct ix_reply ix_act_bind(struct ix_call *call, int source);
 struct ix_reply ix_act_attach_held(struct ix_call *call, int tree, uint64_t mnt_id, int to, unsigned int flags);

@@ -105,12 +105,16 @@ static void serve_listener(uint32_t index, int *fd)
 {
 	struct ix_guard_state *g = &ix_guard_state;
 	struct ix_listener *l = NULL;
-	for (int i = 0; i < IX_LISTENERS && !l; i++)
-		if (atomic_load(&g->listeners[i].receivers) == 0)
-			l = &g->listeners[i];
+	for (int i = 0; i < IX_LISTENERS; i++) {
+		struct ix_listener *at = &g->listeners[i];
+		if (atomic_load(&at->receivers) == 0)
+			l = l ? l : at;
+		else if (at->index == index)
+			return;
+	}
 	if (*fd < 0 || !l || !alive(*fd))
 		return;
-	ix_close_fd(&l->fd);
+	atomic_store(&l->receivers, 1);
 	l->fd = ix_take_fd(fd);
 	l->index = index;
 	atomic_store(&l->dropped, 0);
@@ -126,6 +130,7 @@ static void serve_listener(uint32_t index, int *fd)
 			ix_start_receiver(l, slot, true);
 	}
 	ix_start_receiver(l, -1, false);
+	ix_release_listener(l);
 	struct ix_note ready = {.type = IX_MSG_READY, .value = index};
 	ix_link_send(&ready, sizeof(ready), NULL, 0);
 }

@@ -162,6 +162,7 @@ static void receive_calls(struct ix_listener *l, struct ix_slot *slot)
 			}
 			continue;
 		}
+		atomic_fetch_add(&ix_guard_state.busy, 1);
 		slot->phase = IX_PHASE_RECEIVED;
 		int turn = begin_turn(l);
 		/* Nobody would be left to lead. Only calls that are being looked at count, however late their threads return. */
@@ -174,6 +175,17 @@ static void receive_calls(struct ix_listener *l, struct ix_slot *slot)
 		ix_serve_call(l, slot, turn, overloaded, false);
 		leads = (turn && end_turn(l, turn)) || lead(l);
 	}
+}
+
+/* The last to go closes it; only then can its place be taken. Who starts a receiver holds the listener meanwhile. */
+void ix_release_listener(struct ix_listener *listener)
+{
+	pthread_mutex_lock(&ix_guard_state.turn_lock);
+	if (atomic_load(&listener->receivers) == 1)
+		ix_close_fd(&listener->fd);
+	atomic_fetch_sub(&listener->receivers, 1);
+	pthread_cond_broadcast(&ix_guard_state.turn_over);
+	pthread_mutex_unlock(&ix_guard_state.turn_lock);
 }
 
 static void *receiver_main(void *argument)
@@ -190,7 +202,7 @@ static void *receiver_main(void *argument)
 		receive_calls(mine.listener, slot);
 	}
 	atomic_store(&ix_guard_state.slot_taken[mine.slot], 0);
-	atomic_fetch_sub(&mine.listener->receivers, 1);
+	ix_release_listener(mine.listener);
 	return NULL;
 }
 
@@ -215,9 +227,13 @@ int ix_start_receiver(struct ix_listener *listener, int slot, bool recover)
 	if (!r)
 		goto no;
 	*r = (struct receiver){.listener = listener, .slot = slot, .recover = recover};
+	if (recover)
+		atomic_fetch_add(&ix_guard_state.busy, 1);
 	if (start_thread(receiver_main, r) == 0)
 		return 0;
 	free(r);
+	if (recover)
+		atomic_fetch_sub(&ix_guard_state.busy, 1);
 	atomic_store(&ix_guard_state.slot_taken[slot], 0);
 no:
 	atomic_fetch_sub(&listener->receivers, 1);

@@ -16,7 +16,7 @@ struct walk {
 	int tid;
 	int root;                      /* the caller's root */
 	int at;                        /* where we are */
-	int hop_parent;                /* procfs root that `..` leads back to after self was replaced; -1 otherwise */
+	int hop, hop_parent;           /* what stood in for self, and the procfs root `..` leads back to; -1: none yet */
 	int links;
 	char rest[2 * PATH_MAX];       /* what is still to be walked */
 };
@@ -68,8 +68,6 @@ static void step_to(struct walk *w, int fd)
 {
 	ix_close_fd(&w->at);
 	w->at = fd;
-	ix_close_fd(&w->hop_parent);
-	w->hop_parent = -1;
 }
 
 static bool is_procfs(int fd, struct ix_stat *st)
@@ -131,17 +129,33 @@ static int prepend_own_number(struct walk *w)
 	return prepend_link(w, number, strlen(number));
 }
 
+/* What is above thread-self is self/task, not the procfs. */
+static int prepend_own_task(struct walk *w)
+{
+	char name[32];
+	int tid = own_number(w, "NSpid:");
+	if (tid <= 0)
+		return -ESRCH;
+	snprintf(name, sizeof(name), "self/task/%d", tid);
+	return prepend_link(w, name, strlen(name));
+}
+
 /* /proc/self and /proc/thread-self mean nothing to us; the same directory of the host's procfs stands in for them. */
 static int hop_to_caller(struct walk *w)
 {
 	char name[16];
 	snprintf(name, sizeof(name), "%d", w->tid);
 	int fd = ix_result(openat(w->proc_fd, name, O_PATH | O_DIRECTORY | O_CLOEXEC));
-	if (fd < 0)
-		return fd;
-	int parent = ix_take_fd(&w->at);
+	int hop = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 0);
+	if (hop < 0) {
+		ix_close_fd(&fd);
+		return -ENOENT;
+	}
+	ix_close_fd(&w->hop);
+	ix_close_fd(&w->hop_parent);
+	w->hop = hop;
+	w->hop_parent = ix_take_fd(&w->at);
 	step_to(w, fd);
-	w->hop_parent = parent;
 	return 0;
 }
 
@@ -163,6 +177,8 @@ static int follow_link(struct walk *w, const char *name, int link_fd)
 		size_t slashes = strspn(w->rest, "/");
 		if (strcmp(name, "self") == 0 && strncmp(w->rest + slashes, "task", 4) == 0)
 			return prepend_own_number(w);
+		if (strcmp(name, "thread-self") == 0 && strncmp(w->rest + slashes, "..", 2) == 0)
+			return prepend_own_task(w);
 		if (strcmp(name, "self") == 0 || strcmp(name, "thread-self") == 0)
 			return hop_to_caller(w);
 	}
@@ -177,8 +193,11 @@ static int follow_link(struct walk *w, const char *name, int link_fd)
 
 static int walk_up(struct walk *w)
 {
-	if (w->hop_parent >= 0) {
-		step_to(w, ix_take_fd(&w->hop_parent));
+	if (w->hop >= 0 && same_place(w->at, w->hop)) {
+		int parent = fcntl(w->hop_parent, F_DUPFD_CLOEXEC, 0);
+		if (parent < 0)
+			return -errno;
+		step_to(w, parent);
 		return 0;
 	}
 	if (same_place(w->at, w->root))
@@ -206,11 +225,17 @@ static int next_component(struct walk *w, char name[NAME_MAX + 1], bool *more)
 	return 0;
 }
 
+static bool is_directory(int fd)
+{
+	struct ix_stat st;
+	return ix_statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) == 0 && S_ISDIR(st.mode);
+}
+
 static int walk_step(struct walk *w, const char *name, bool follow)
 {
 	struct ix_stat st;
 	if (strcmp(name, ".") == 0)
-		return 0;
+		return is_directory(w->at) ? 0 : -ENOTDIR;
 	if (strcmp(name, "..") == 0)
 		return walk_up(w);
 	cleanup_close int fd = ix_result(openat(w->at, name, O_PATH | O_NOFOLLOW | O_CLOEXEC));
@@ -226,21 +251,24 @@ static int walk_step(struct walk *w, const char *name, bool follow)
 
 static int walk_path(struct walk *w, bool follow)
 {
-	for (;;) {
+	for (bool slash = false;;) {
 		char name[NAME_MAX + 1];
 		bool more;
 		int r = next_component(w, name, &more);
-		if (r < 0 || name[0] == '\0')
+		if (r < 0)
 			return r;
+		if (name[0] == '\0')
+			return slash && !is_directory(w->at) ? -ENOTDIR : 0;
 		r = walk_step(w, name, more || follow);
 		if (r < 0)
 			return r;
+		slash = more;
 	}
 }
 
 static int walk_slowly(int proc_fd, int tid, int root, int start, const char *path, bool follow)
 {
-	struct walk w = {.proc_fd = proc_fd, .tid = tid, .root = root, .hop_parent = -1};
+	struct walk w = {.proc_fd = proc_fd, .tid = tid, .root = root, .hop = -1, .hop_parent = -1};
 	size_t n = strlen(path);
 	if (n >= PATH_MAX)
 		return -ENAMETOOLONG;
@@ -249,6 +277,7 @@ static int walk_slowly(int proc_fd, int tid, int root, int start, const char *pa
 	if (w.at < 0)
 		return -errno;
 	int r = walk_path(&w, follow);
+	ix_close_fd(&w.hop);
 	ix_close_fd(&w.hop_parent);
 	if (r < 0) {
 		ix_close_fd(&w.at);

@@ -237,8 +237,10 @@ class Keeper:
         return {"record": record}, fds
 
     def order_forget(self, message: Any, _fds: list[int]) -> tuple[dict[str, Any], list[int]]:
-        """Closes everything whose key starts with the prefix."""
-        for key in [k for k in self.store if k.startswith(str(message["prefix"]))]:
+        """Closes what is kept under a key; with a slash at its end, everything below."""
+        wanted = str(message["prefix"])
+        below = wanted if wanted.endswith("/") else wanted + "/"
+        for key in [k for k in self.store if k == wanted or (below == wanted and k.startswith(below))]:
             self._close(key)
         return {}, []
 

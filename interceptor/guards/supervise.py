@@ -86,9 +86,10 @@ class Supervisor:
                 self._config, self._userns.fileno(), theirs.fileno(), self.journal.fd.fileno()
             )
         self._take(link, forked.pid, forked.pidfd)
+        # Kept before it is at work: two guards on one journal would be in each other's way.
+        self._changed()
         for index, listener in self._listeners.items():
             link.send_listener(index, listener.fileno())
-        self._changed()
 
     def adopt(self, link: GuardLink, pid: int, pidfd: OwnedFd) -> None:
         """The guard that a predecessor started."""
@@ -96,6 +97,9 @@ class Supervisor:
         # The configuration may have changed since its verdicts were given.
         link.flush()
         link.hello()
+        # The predecessor may have died before it had sent them all; the guard passes over those that it has.
+        for index, listener in self._listeners.items():
+            link.send_listener(index, listener.fileno())
 
     def _take(self, link: GuardLink, pid: int, pidfd: OwnedFd) -> None:
         self.link, self.pid, self.pidfd = link, pid, pidfd

@@ -25,11 +25,18 @@ TRAY_SLOTS = 32
 TRAY_SECONDS = 0.05
 
 
+def clear(place: str) -> None:
+    """Takes away every mount that a killed predecessor left at a place of its own."""
+    while stat.statx(mount.AT_FDCWD, place).mount_root:
+        mount.umount2(place, UmountFlag.MNT_DETACH)
+
+
 class Bench:
     """A private place where one tree at a time is put together."""
 
     def __init__(self, place: str) -> None:
         self.place = place
+        clear(place)
 
     @contextmanager
     def holding(self, tree: OwnedFd) -> Iterator[str]:
