@@ -103,10 +103,11 @@ class Lifecycle:
         plan = make_plan(bundle.masked, bundle.readonly)
         material = Material(plan, Shelf.create(self._shelf_path(state.id)))
         builder = Builder(self._composer, material, site, netns)
-        tree = builder.survey()
-        bare = builder.take_bare_clones(tree)
-        envoy = self._start_envoy(state, userns, netns, bare, material, uid, gid, created_ns)
+        envoy: Forked | None = None
         try:
+            tree = builder.survey()
+            bare = builder.take_bare_clones(tree)
+            envoy = self._start_envoy(state, userns, netns, bare, material, uid, gid, created_ns)
             self._keep_view(state.id, material)
             if late:
                 builder.rebuild_in_place(tree)
@@ -115,7 +116,8 @@ class Lifecycle:
             _require_alive(pidfd, state)
             baseline = builder.record(self._composer.shields.dev)
         except BaseException:
-            self._end_envoy(state.id, envoy.pidfd)
+            if envoy is not None:
+                self._end_envoy(state.id, envoy.pidfd)
             material.close()
             raise
         finally:

@@ -27,6 +27,21 @@ void ix_leave(void)
 		abort();
 }
 
+/* The filesystem type of a mount of the caller's namespace. */
+int ix_mount_magic(struct ix_call *call, uint64_t mnt_id, uint64_t *magic)
+{
+	struct ix_statmount sm;
+	if (!ix_open_mount_namespace(call))
+		return -ESRCH;
+	int r = ix_enter(call);
+	if (r < 0)
+		return r;
+	r = ix_statmount(mnt_id, 0, IX_STATMOUNT_SB_BASIC, &sm, sizeof(sm));
+	ix_leave();
+	*magic = sm.sb_magic;
+	return r;
+}
+
 bool ix_has_mounts_below(struct ix_call *call, uint64_t mnt_id)
 {
 	uint64_t first;
@@ -104,45 +119,65 @@ static bool listed(const struct ix_answer *answer, uint64_t id)
 	return false;
 }
 
-static bool has_own_mounts(uint64_t base_id, const struct ix_answer *answer, uint64_t target_id)
+/* A clone of one of the container's own mounts, and where it belongs on the composite. */
+struct carried {
+	int tree, at;
+};
+
+enum { CARRIED_MAX = 64 };
+
+static void drop_carried(struct carried *list, int count)
 {
-	uint64_t ids[256];
-	int64_t n = ix_listmount(base_id, 0, 0, ids, 256);
-	for (int64_t i = 0; i < n; i++)
-		if (ids[i] != target_id && !listed(answer, ids[i]))
-			return true;
-	return n < 0 || n == 256;
+	for (int i = 0; i < count; i++) {
+		ix_close_fd(&list[i].tree);
+		ix_close_fd(&list[i].at);
+	}
 }
 
-/* Clones of the container's own mounts on a base and on the submounts that stay, onto the composite that takes its
- * place. What stands on the submount that is being removed goes with it. */
-static int carry_over(uint64_t base_id, const char *base_point, const struct ix_answer *answer, uint64_t target_id,
-		      int composite)
+static int clone_own(const struct mount_info *info, size_t prefix, int composite, struct carried *out)
+{
+	struct mount_info again;
+	cleanup_close int child = open_mount(info->sm.mnt_id, &again);
+	if (child < 0)
+		return child;
+	cleanup_close int tree = ix_open_tree(child, "", OPEN_TREE_CLONE | AT_RECURSIVE | AT_EMPTY_PATH);
+	if (tree < 0)
+		return tree;
+	int at = ix_openat2(composite, mount_point(info) + prefix + 1, O_PATH | O_NOFOLLOW, 0,
+			    RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS);
+	if (at < 0)
+		return at;
+	*out = (struct carried){.tree = ix_take_fd(&tree), .at = at};
+	return 0;
+}
+
+/*
+ * Clones of the container's own mounts on a base and on the submounts that stay, and their places on the composite that
+ * takes its place. What stands on the submount that is being removed goes with it. Returns how many; nothing is done yet.
+ */
+static int collect_own(const struct ix_answer *answer, const char *base_point, uint64_t target_id, int composite,
+		       struct carried *list)
 {
 	uint64_t ids[64], last = 0;
 	size_t prefix = strcmp(base_point, "/") == 0 ? 0 : strlen(base_point);
+	int count = 0;
 	for (;;) {
-		int64_t n = ix_listmount(base_id, 0, last, ids, 64);
+		int64_t n = ix_listmount(answer->base_id, 0, last, ids, 64);
 		if (n <= 0)
-			return (int)n;
+			return n < 0 ? (int)n : count;
 		for (int64_t i = 0; i < n; i++) {
 			struct mount_info info;
 			last = ids[i];
 			if (ids[i] == target_id || listed(answer, ids[i]) || mount_info(ids[i], &info) < 0)
 				continue;
-			if (info.sm.mnt_parent_id != base_id && !listed(answer, info.sm.mnt_parent_id))
+			if (info.sm.mnt_parent_id != answer->base_id && !listed(answer, info.sm.mnt_parent_id))
 				continue;
-			cleanup_close int child = open_mount(ids[i], &info);
-			if (child < 0)
-				return child;
-			cleanup_close int tree = ix_open_tree(child, "", OPEN_TREE_CLONE | AT_RECURSIVE | AT_EMPTY_PATH);
-			if (tree < 0)
-				return tree;
-			cleanup_close int at = ix_openat2(composite, mount_point(&info) + prefix + 1, O_PATH | O_NOFOLLOW, 0,
-							  RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS);
-			int r = at < 0 ? at : ix_move_mount(tree, "", at, "", EFFECT_FLAGS);
-			if (r < 0)
+			int r = count == CARRIED_MAX ? -ENOSPC : clone_own(&info, prefix, composite, &list[count]);
+			if (r < 0) {
+				drop_carried(list, count);
 				return r;
+			}
+			count++;
 		}
 	}
 }
@@ -151,25 +186,21 @@ static int carry_over(uint64_t base_id, const char *base_point, const struct ix_
  * First beneath the old one, then the container's own mounts onto it, then away with the old one: at no instant is
  * there a gap, and nothing of it shows before it is complete. Kernels before 6.5 leave a gap.
  */
-static int replace(const struct ix_call *call, int base, const char *point, const struct ix_answer *answer, int composite)
+static int replace(int base, const char *point, int composite, const struct carried *own, int count)
 {
-	uint64_t base_id = answer->base_id, target_id = call->target_stat.mnt_id;
 	int r = ix_move_mount(composite, "", base, "", EFFECT_FLAGS | MOVE_MOUNT_BENEATH);
 	if (r < 0) {
 		/* The container's own mounts would be lost on the way: then rather nothing. */
-		if (has_own_mounts(base_id, answer, target_id))
+		if (count > 0)
 			return -EBUSY;
 		r = detach(base);
 		return r < 0 ? r : ix_move_mount(composite, "", AT_FDCWD, point, MOVE_MOUNT_F_EMPTY_PATH);
 	}
-	r = carry_over(base_id, point, answer, target_id, composite);
-	if (r < 0) {
-		detach(composite);
-		return -EBUSY;
-	}
+	for (int i = 0; i < count; i++)
+		ix_move_mount(own[i].tree, "", own[i].at, "", EFFECT_FLAGS);
 	/* Those that were carried over still stand on the old one, and going with it they would go from its peers too,
 	 * originals among them. Elsewhere the old one then stays, where its parent has peers or slaves. */
-	if (has_own_mounts(base_id, answer, target_id))
+	if (count > 0)
 		ix_mount_setattr(base, "", AT_EMPTY_PATH | AT_RECURSIVE, 0, 0, MS_PRIVATE, -1);
 	return detach(base);
 }
@@ -180,9 +211,15 @@ static struct ix_reply act_swap(struct ix_call *call, const struct ix_answer *an
 	cleanup_close int base = open_mount(answer->base_id, &info);
 	if (base < 0)
 		return ix_deny(EBUSY);
-	if (!begin(call, IX_ACT_SWAP, answer->base_id, answer->there_id))
-		return ix_deny(EINTR);
-	return finish(call, replace(call, base, mount_point(&info), answer, composite));
+	struct carried own[CARRIED_MAX];
+	int count = collect_own(answer, mount_point(&info), call->target_stat.mnt_id, composite, own);
+	if (count < 0)
+		return ix_deny(EBUSY);
+	struct ix_reply reply = begin(call, IX_ACT_SWAP, answer->base_id, answer->there_id)
+					? finish(call, replace(base, mount_point(&info), composite, own, count))
+					: ix_deny(EINTR);
+	drop_carried(own, count);
+	return reply;
 }
 
 static struct ix_reply act_detach(struct ix_call *call, const struct ix_answer *answer)

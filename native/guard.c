@@ -265,8 +265,6 @@ int ix_guard(int link_fd, int journal_fd, int proc_fd, const struct ix_guard_con
 	srandom((unsigned int)now_ns());
 	ix_link_serve();
 	/* Without a daemon for good: the receivers go on until their listeners end. */
-	for (int i = 0; i < IX_LISTENERS; i++)
-		while (atomic_load(&g->listeners[i].receivers) > 0)
-			pause();
+	ix_wait_for_receivers();
 	return 0;
 }

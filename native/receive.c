@@ -191,7 +191,17 @@ static void *receiver_main(void *argument)
 	}
 	atomic_store(&ix_guard_state.slot_taken[mine.slot], 0);
 	atomic_fetch_sub(&mine.listener->receivers, 1);
+	wake(&mine.listener->receivers, 1);
 	return NULL;
+}
+
+void ix_wait_for_receivers(void)
+{
+	for (int i = 0; i < IX_LISTENERS; i++) {
+		struct ix_listener *l = &ix_guard_state.listeners[i];
+		for (int left = atomic_load(&l->receivers); left > 0; left = atomic_load(&l->receivers))
+			wait_while(&l->receivers, left);
+	}
 }
 
 static int take_slot(void)

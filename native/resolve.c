@@ -118,16 +118,26 @@ static int own_number(const struct walk *w, const char *name)
 }
 
 /*
- * What is below self/task is numbered in the caller's own PID namespace, so there the caller's own number stands in for
- * self. (For everything else the host's procfs does, which is right from whatever PID namespace the procfs is.)
+ * What is below self/task is numbered in the caller's own PID namespace, and what climbs must not climb in the host's
+ * procfs: there the caller's own numbers stand in. (For everything else the host's procfs does, which is right from
+ * whatever PID namespace the procfs is.)
  */
-static int prepend_own_number(struct walk *w)
+static bool needs_own_number(const struct walk *w)
 {
-	char number[16];
-	int pid = own_number(w, "NStgid:");
-	if (pid <= 0)
+	const char *rest = w->rest + strspn(w->rest, "/");
+	return strncmp(rest, "task", 4) == 0 || strstr(rest, "..");
+}
+
+static int prepend_own_number(struct walk *w, bool thread)
+{
+	char number[48];
+	int tgid = own_number(w, "NStgid:"), pid = own_number(w, "NSpid:");
+	if (tgid <= 0 || pid <= 0)
 		return -ESRCH;
-	snprintf(number, sizeof(number), "%d", pid);
+	if (thread)
+		snprintf(number, sizeof(number), "%d/task/%d", tgid, pid);
+	else
+		snprintf(number, sizeof(number), "%d", tgid);
 	return prepend_link(w, number, strlen(number));
 }
 
@@ -160,11 +170,9 @@ static int follow_link(struct walk *w, const char *name, int link_fd)
 			step_to(w, target);
 			return 0;
 		}
-		size_t slashes = strspn(w->rest, "/");
-		if (strcmp(name, "self") == 0 && strncmp(w->rest + slashes, "task", 4) == 0)
-			return prepend_own_number(w);
-		if (strcmp(name, "self") == 0 || strcmp(name, "thread-self") == 0)
-			return hop_to_caller(w);
+		bool thread = strcmp(name, "thread-self") == 0;
+		if (thread || strcmp(name, "self") == 0)
+			return needs_own_number(w) ? prepend_own_number(w, thread) : hop_to_caller(w);
 	}
 	ssize_t n = readlinkat(link_fd, "", text, sizeof(text));
 	if (n < 0)
@@ -226,12 +234,20 @@ static int walk_step(struct walk *w, const char *name, bool follow)
 
 static int walk_path(struct walk *w, bool follow)
 {
+	bool directory = false;
 	for (;;) {
 		char name[NAME_MAX + 1];
+		struct ix_stat st;
 		bool more;
 		int r = next_component(w, name, &more);
-		if (r < 0 || name[0] == '\0')
+		if (r < 0)
 			return r;
+		if (name[0] == '\0') {
+			if (directory && ix_statx(w->at, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) == 0 && !S_ISDIR(st.mode))
+				return -ENOTDIR;
+			return 0;
+		}
+		directory = more;
 		r = walk_step(w, name, more || follow);
 		if (r < 0)
 			return r;

@@ -237,8 +237,9 @@ class Keeper:
         return {"record": record}, fds
 
     def order_forget(self, message: Any, _fds: list[int]) -> tuple[dict[str, Any], list[int]]:
-        """Closes everything whose key starts with the prefix."""
-        for key in [k for k in self.store if k.startswith(str(message["prefix"]))]:
+        """Closes what is kept under a key, or, where it ends in a slash, under every key that starts with it."""
+        wanted = str(message["key"])
+        for key in [k for k in self.store if k == wanted or (wanted.endswith("/") and k.startswith(wanted))]:
             self._close(key)
         return {}, []
 
