@@ -76,7 +76,7 @@ async def _reply(line: bytes, handler: Handler) -> bytes:
 def _decode(line: bytes) -> dict[str, object]:
     try:
         message = msgspec.json.decode(line, type=dict[str, object])
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise ProtocolError("the request is not a JSON object") from None
     if not isinstance(message.get("op"), str):
         raise ProtocolError('the request has no "op"')

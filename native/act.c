@@ -27,6 +27,21 @@ void ix_leave(void)
 		abort();
 }
 
+/* The filesystem type of a mount of the caller's namespace. */
+int ix_mount_magic(struct ix_call *call, uint64_t mnt_id, uint64_t *magic)
+{
+	struct ix_statmount sm;
+	if (!ix_open_mount_namespace(call))
+		return -ESRCH;
+	int r = ix_enter(call);
+	if (r < 0)
+		return r;
+	r = ix_statmount(mnt_id, 0, IX_STATMOUNT_SB_BASIC, &sm, sizeof(sm));
+	ix_leave();
+	*magic = sm.sb_magic;
+	return r;
+}
+
 bool ix_has_mounts_below(struct ix_call *call, uint64_t mnt_id)
 {
 	uint64_t first;

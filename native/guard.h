@@ -114,7 +114,8 @@ void ix_cache_put_foreign(const struct ix_stat *st);
 void ix_cache_forget_foreign(const struct ix_stat *st);
 /* handle.c */
 struct ix_reply ix_handle(struct ix_call *call, uint32_t arch, int nr);
-bool ix_is_ours(int fd, const struct ix_stat *st);
+bool ix_is_ours(struct ix_call *call, int fd, const struct ix_stat *st);
+int ix_mount_magic(struct ix_call *call, uint64_t mnt_id, uint64_t *magic);
 bool ix_open_mount_namespace(struct ix_call *call);
 struct ix_reply ix_decide(struct ix_call *call, enum ix_op op, int fd, const struct ix_stat *st, uint64_t flags);
 /* newapi.c */

@@ -69,7 +69,7 @@ bool ix_open_mount_namespace(struct ix_call *call)
 }
 
 /* Whether the object belongs to something we put there: a base, the view, a shield or a masked path. */
-bool ix_is_ours(int fd, const struct ix_stat *st)
+bool ix_is_ours(struct ix_call *call, int fd, const struct ix_stat *st)
 {
 	const struct ix_guard_config *c = &ix_guard_state.config;
 	uint64_t magic;
@@ -78,7 +78,8 @@ bool ix_is_ours(int fd, const struct ix_stat *st)
 	if ((st->dev_major == c->view_major && st->dev_minor == c->view_minor) ||
 	    (st->dev_major == c->shield_major && st->dev_minor == c->shield_minor))
 		return true;
-	if (ix_fs_magic(fd, &magic) < 0)
+	/* By statmount where it is mounted: fstatfs may wait for a FUSE server of the container's, statmount never does. */
+	if (ix_mount_magic(call, st->mnt_id, &magic) < 0 && ix_fs_magic(fd, &magic) < 0)
 		return false;
 	if (magic == IX_PROC_SUPER_MAGIC || magic == IX_SYSFS_MAGIC)
 		return true;
@@ -131,7 +132,7 @@ struct ix_reply ix_decide(struct ix_call *call, enum ix_op op, int fd, const str
 			return ix_let_kernel_run("cached verdict");
 		return ix_caller_has_cap(call->tid, CAP_SYS_ADMIN) ? ix_deny(error) : ix_let_kernel_run("EPERM is the kernel's");
 	}
-	if (!ix_is_ours(fd, st)) {
+	if (!ix_is_ours(call, fd, st)) {
 		/* Lazily, it takes along what is below, and that may have peers among the originals. */
 		if (op != IX_OP_DETACH)
 			ix_cache_put(st->mnt_id, op, 0);
@@ -192,7 +193,7 @@ static struct ix_reply handle_bind(struct ix_call *call)
 	cleanup_close int source = ix_resolve(ix_guard_state.proc, call->tid, AT_FDCWD, call->text, true);
 	if (source < 0 || ix_statx(source, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0)
 		return ix_let_kernel_run("a source that does not resolve");
-	if (!S_ISDIR(st.mode) || !ix_is_ours(source, &st))
+	if (!S_ISDIR(st.mode) || !ix_is_ours(call, source, &st))
 		return ix_let_kernel_run("nothing welded can be below");
 	if (!ix_open_mount_namespace(call) || !ix_caller_rules(call, call->mntns))
 		return ix_let_kernel_run("the caller lacks the right: EPERM is the kernel's");

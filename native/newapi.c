@@ -236,7 +236,7 @@ struct ix_reply ix_handle_open_tree(struct ix_call *call, bool with_attr)
 					    !(flags & AT_SYMLINK_NOFOLLOW));
 	if (from < 0 || ix_statx(from, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0)
 		return ix_let_kernel_run("a path that does not resolve");
-	if (!S_ISDIR(st.mode) || !ix_is_ours(from, &st))
+	if (!S_ISDIR(st.mode) || !ix_is_ours(call, from, &st))
 		return ix_let_kernel_run("nothing welded can be below");
 	if (!ix_open_mount_namespace(call) || !ix_caller_rules(call, call->mntns))
 		return ix_let_kernel_run("the caller lacks the right: EPERM is the kernel's");

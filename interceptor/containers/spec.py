@@ -44,6 +44,8 @@ def read_bundle(path: str) -> Bundle:
         spec = msgspec.json.decode(file.read_bytes(), type=_Spec)
     except OSError as error:
         raise ContainerError(f"{file}: {error.strerror}") from None
+    except ValueError as error:
+        raise ContainerError(f"{path!r}: no path of a bundle: {error}") from None
     except msgspec.DecodeError as error:
         raise ContainerError(f"{file}: {error}") from None
     root = os.path.normpath(os.path.join(path, spec.root.path))

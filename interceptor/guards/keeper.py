@@ -54,9 +54,9 @@ class Keeper:
         reply, fds = self._order({"op": "fetch", "key": key}, [])
         return reply["record"], [OwnedFd(fd) for fd in fds]
 
-    def forget(self, prefix: str) -> None:
-        """Closes everything kept under keys that start with ``prefix``."""
-        self._order({"op": "forget", "prefix": prefix}, [])
+    def forget(self, key: str) -> None:
+        """Closes what is kept under ``key``, or, where it ends in a slash, under every key that starts with it."""
+        self._order({"op": "forget", "key": key}, [])
 
     def fork_guard(self, config: dict[str, int], userns: int, link: int, journal: int) -> Forked:
         """A new guard in the user namespace given."""

@@ -237,10 +237,9 @@ class Keeper:
         return {"record": record}, fds
 
     def order_forget(self, message: Any, _fds: list[int]) -> tuple[dict[str, Any], list[int]]:
-        """Closes what is kept under a key; with a slash at its end, everything below."""
-        wanted = str(message["prefix"])
-        below = wanted if wanted.endswith("/") else wanted + "/"
-        for key in [k for k in self.store if k == wanted or (below == wanted and k.startswith(below))]:
+        """Closes what is kept under a key, or, where it ends in a slash, under every key that starts with it."""
+        wanted = str(message["key"])
+        for key in [k for k in self.store if k == wanted or (wanted.endswith("/") and k.startswith(wanted))]:
             self._close(key)
         return {}, []
 

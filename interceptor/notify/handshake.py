@@ -109,7 +109,7 @@ def parse_state(data: bytes) -> ContainerProcessState:
     """The state that ``data`` holds. Raises `ProtocolError` with the place of what is wrong."""
     try:
         return msgspec.json.decode(data, type=ContainerProcessState)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not a ContainerProcessState: {error}") from None
 
 
@@ -140,7 +140,7 @@ def _is_whole(data: bytearray) -> bool:
         return False
     try:
         msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
     return True
 

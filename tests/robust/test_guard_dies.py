@@ -116,6 +116,10 @@ def killing(pid: int, call: str, number: int) -> Iterator[None]:
             yield
         finally:
             tracer.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                tracer.wait(5)
+            # It can miss the end of a thread that it has just killed.
+            tracer.kill()
 
 
 @pytest.mark.parametrize("deed", DEEDS)
