@@ -8,14 +8,25 @@ from interceptor.errors import InterceptorError
 from interceptor.kernel.fd import OwnedFd
 from interceptor.packets import receive_packet, send_packet
 
-_PATIENCE_S = 10.0
-
 
 class ViewClient:
     """Orders to the view's process, answered in turn."""
 
     def __init__(self, fd: OwnedFd) -> None:
         self._sock = socket.socket(fileno=fd.take())
+        self._synchronise()
+
+    def _synchronise(self) -> None:
+        """Reads what a predecessor, killed while it waited, did not: no answer but that to `list` names containers."""
+        try:
+            send_packet(self._sock, {"op": "list"})
+            reply: object = None
+            while not isinstance(reply, dict) or "containers" not in reply:
+                reply, _ = receive_packet(self._sock)
+                if reply is None:
+                    raise InterceptorError("the view is gone", "restart the service")
+        except (OSError, ValueError) as error:
+            raise InterceptorError(f"the view does not answer: {error}", "restart the service") from error
 
     def _order(self, message: dict[str, object], fds: list[int] | None = None) -> None:
         # A timeout would make the socket, which others hold too, non-blocking: SO_RCVTIMEO is this call's own affair.
