@@ -64,6 +64,12 @@ static bool same_place(int a, int b)
 	       x.ino == y.ino && x.dev_major == y.dev_major && x.dev_minor == y.dev_minor;
 }
 
+/* The root of the top mount at a directory. `..` of a root stays there, but steps onto what is mounted on it. */
+int ix_top_of(int directory)
+{
+	return ix_openat2(directory, "/..", O_PATH | O_DIRECTORY, 0, RESOLVE_IN_ROOT);
+}
+
 static void step_to(struct walk *w, int fd)
 {
 	ix_close_fd(&w->at);

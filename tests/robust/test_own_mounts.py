@@ -70,9 +70,6 @@ def test_a_mount_that_cannot_be_carried_over_leaves_all_as_it_was(child: Guarded
     assert child.call(body) == (errno.EBUSY, True, True)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="umount2 takes the top mount at '.', the guard's resolution the covered one"
-)
 def test_the_mount_on_top_of_a_covered_directory_goes(child: GuardedChild) -> None:
     def body() -> tuple[int, int, bool]:
         _copy()
@@ -87,3 +84,45 @@ def test_the_mount_on_top_of_a_covered_directory_goes(child: GuardedChild) -> No
         )
 
     assert child.call(body) == (0, 0, True)
+
+
+def _go_there(spelling: str, place: bytes) -> bytes:
+    """A path that leads to a directory however it will be covered by then."""
+    held = os.open(place, os.O_PATH)
+    os.fchdir(held)
+    return {
+        "dot": b".",
+        "dot slash": b"./",
+        "descriptor": b"/proc/self/fd/%d" % held,
+        "by number": b"/proc/%d/fd/%d" % (os.getpid(), held),
+        "cwd": b"/proc/thread-self/cwd",
+    }[spelling]
+
+
+@pytest.mark.parametrize("spelling", ["dot", "dot slash", "descriptor", "by number", "cwd"])
+def test_a_copied_base_on_top_of_where_one_stands_goes_whole(child: GuardedChild, spelling: str) -> None:
+    """The kernel takes the top of the stack at the place, whatever the path led to."""
+
+    def body() -> tuple[int, int, int]:
+        Truth().prepare()
+        path = _go_there(spelling, COPY)
+        assert inside.try_mount(b"below", COPY, b"tmpfs") == 0
+        assert inside.try_mount(b"/sys", COPY, None, MS_BIND | MS_REC) == 0
+        return inside.try_umount(path), len(stack_at(COPY)), inside.try_umount(path)
+
+    assert child.call(body) == (0, 1, 0)
+
+
+def test_what_is_on_top_of_a_copied_file_goes_by_descriptor(child: GuardedChild) -> None:
+    def body() -> tuple[int, int, int]:
+        Truth().prepare()
+        assert inside.try_mount(b"/proc", COPY, None, MS_BIND | MS_REC) == 0
+        point = COPY + b"/uptime"
+        held = b"/proc/self/fd/%d" % os.open(point, os.O_PATH)
+        with open("/tmp/file", "w"):
+            pass
+        top = len(stack_at(point))
+        assert inside.try_mount(b"/tmp/file", point, None, MS_BIND) == 0
+        return inside.try_umount(held), len(stack_at(point)) - top, inside.try_umount(held, 8)
+
+    assert child.call(body) == (0, 0, errno.EINVAL)
