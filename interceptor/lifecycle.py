@@ -107,7 +107,7 @@ class Lifecycle:
         try:
             tree = builder.survey()
             bare = builder.take_bare_clones(tree)
-            envoy = self._start_envoy(state, userns, netns, bare, material, uid, gid, created_ns)
+            envoy = self._start_envoy(state, pidfd, userns, netns, bare, material, uid, gid, created_ns)
             self._keep_view(state.id, material)
             if late:
                 builder.rebuild_in_place(tree)
@@ -141,6 +141,7 @@ class Lifecycle:
     def _start_envoy(
         self,
         state: State,
+        pidfd: OwnedFd,
         userns: OwnedFd,
         netns: OwnedFd,
         bare: dict[bytes, Kept],
@@ -167,7 +168,9 @@ class Lifecycle:
             bare[b"sysfs"].open() as sys_,
         ):
             joined = [userns.fileno(), netns.fileno(), ipc.fileno(), uts.fileno()]
-            forked = self._keeper.fork_envoy(theirs.fileno(), proc.fileno(), sys_.fileno(), joined)
+            forked = self._keeper.fork_envoy(
+                theirs.fileno(), proc.fileno(), sys_.fileno(), pidfd.fileno(), joined
+            )
             try:
                 self._view.add(state.id, uid, gid, created_ns, ours.fileno())
             except InterceptorError:
