@@ -134,6 +134,7 @@ class Lifecycle:
             netns=netns,
             material=material,
             baseline=baseline,
+            settled=late,
             envoy_pid=envoy.pid,
             envoy_pidfd=envoy.pidfd,
         )
@@ -209,6 +210,8 @@ class Lifecycle:
         container = self._registry.get(process.state.id)
         if container is None:
             container = self._late(process)
+        elif not container.settled:
+            self._settle(container)
         index = container.next_listener
         container.next_listener += 1
         kept = listener.dup()
@@ -245,6 +248,26 @@ class Lifecycle:
             oci_version=state.oci_version, id=state.id, status=state.status, bundle=state.bundle, pid=pid
         )
         return self._set_up(found, bundle, late=True)
+
+    def _settle(self, container: Container) -> None:
+        """What the runtime has mounted since the hook, before the guard answers anything."""
+        container.settled = True
+        with open_namespace(container.pid, "mnt") as namespace:
+            number = stat.mount_namespace_id(namespace)
+            if number != container.baseline.namespace:
+                return  # a first process that has left it already: a runtime that sends listeners late
+            site = Site(namespace, number, self._keeper.namespace, b"/")
+            builder = Builder(self._composer, container.material, site, container.netns)
+            try:
+                builder.settle(container.baseline)
+            except InterceptorError as error:
+                self._log.warning(
+                    "what the runtime mounted after the hook stays as it is",
+                    container=container.cid,
+                    error=str(error),
+                )
+            container.baseline = builder.record(self._composer.shields.dev)
+        self._persist(container)
 
     def _listener_ended(self, container: Container, index: int) -> None:
         listener = container.listeners.pop(index, None)
@@ -337,6 +360,7 @@ class Lifecycle:
             pid=record["pid"],
             bundle=record["bundle"],
             created_ns=record["created_ns"],
+            settled=record["settled"],
             uid=record["uid"],
             gid=record["gid"],
             pidfd=pidfd,

@@ -178,8 +178,9 @@ static int step_to_top(struct ix_call *call)
 		top = ix_top_of_file(call, call->target_stat.mnt_id);
 	else
 		return 0;
+	/* Then what the path itself leads to, which is the top but where somebody stands or holds something open. */
 	if (top < 0)
-		return top;
+		return 0;
 	ix_close_fd(&call->target);
 	call->target = ix_take_fd(&top);
 	return ix_statx(call->target, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &call->target_stat);

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 
 import pytest
 
 from interceptor.library import GuardedChild
 from tests import guarded as inside
-from tests.robust.support import COPY, MNT_DETACH, MS_BIND, MS_REC, Truth, stack_at
+from tests.robust.support import COPY, MNT_DETACH, MS_BIND, MS_REC, PATIENCE, Truth, pipe, stack_at
 
 pytestmark = pytest.mark.root
 
@@ -126,3 +127,24 @@ def test_what_is_on_top_of_a_copied_file_goes_by_descriptor(child: GuardedChild)
         return inside.try_umount(held), len(stack_at(point)) - top, inside.try_umount(held, 8)
 
     assert child.call(body) == (0, 0, errno.EINVAL)
+
+
+def test_an_original_base_stays_while_others_rename(child: GuardedChild) -> None:
+    """The kernel gives some lookups up while anybody renames (EAGAIN of openat2): the guard does not."""
+
+    def renames(go_on: int) -> None:
+        os.close(os.open("/tmp/a", os.O_CREAT))
+        os.mkdir("/tmp/x")
+        while not select.select([go_on], [], [], 0)[0]:
+            for _ in range(100):
+                os.rename("/tmp/a", "/tmp/x/a")
+                os.rename("/tmp/x/a", "/tmp/a")
+
+    def body() -> set[int]:
+        return {inside.try_umount(b"/proc", MNT_DETACH) for _ in range(5000)}
+
+    with pipe() as (end, stop):
+        process = child.start(renames, end, pass_fds=[end])
+        assert child.call(body) == {errno.EBUSY}
+        os.close(stop)
+        process.wait(PATIENCE)
