@@ -56,6 +56,8 @@ class Lifecycle:
         self._composer = Composer(Shields(root), welder, bench)
         self._answerer = Answerer(self._composer, config.protect_immutable_unmounts)
         self._supervisors: dict[str, Supervisor] = {}
+        self._awaited: dict[str, asyncio.TimerHandle] = {}
+        """Containers without a listener so far, by ID."""
 
     # ---- creation ----------------------------------------------------------------------------------------------
 
@@ -81,6 +83,8 @@ class Lifecycle:
         self._start_supervisor(container, Journal.create(container.cid))
         self._loop.add_reader(container.pidfd.fileno(), self.remove, container.cid, "its first process ended")
         self._persist(container)
+        if not late:
+            self._await_listener(container)
         self._log.info(
             "container set up",
             container=container.cid,
@@ -222,6 +226,7 @@ class Lifecycle:
             kept.close()
             raise
         container.listeners[index] = kept
+        self._stop_awaiting(container.cid)
         self._watch(container, index, kept)
         supervisor = self._supervisors[container.cid]
         if supervisor.link is None:
@@ -248,6 +253,26 @@ class Lifecycle:
             oci_version=state.oci_version, id=state.id, status=state.status, bundle=state.bundle, pid=pid
         )
         return self._set_up(found, bundle, late=True)
+
+    def _await_listener(self, container: Container) -> None:
+        self._awaited[container.cid] = self._loop.call_later(
+            self._config.registered_timeout, self._no_listener, container
+        )
+
+    def _stop_awaiting(self, cid: str) -> None:
+        timer = self._awaited.pop(cid, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _no_listener(self, container: Container) -> None:
+        """It stands on its view and its welds all the same, so it is kept until its first process ends."""
+        self._awaited.pop(container.cid, None)
+        self._log.warning(
+            "no listener has come: copies cannot be removed, new procfs and sysfs mounts are refused",
+            container=container.cid,
+            pid=container.pid,
+            hint=f"linux.seccomp.listenerPath of its bundle should be {self._config.seccomp_socket}",
+        )
 
     def _settle(self, container: Container) -> None:
         """What the runtime has mounted since the hook, before the guard answers anything."""
@@ -380,6 +405,8 @@ class Lifecycle:
         elif container.listeners:
             # The predecessor died between taking the listener and starting the guard.
             supervisor.start()
+        else:
+            self._await_listener(container)
         self._log.info("container taken over", container=container.cid, listeners=len(container.listeners))
 
     def _adopt_listeners(self, container: Container) -> None:
@@ -403,6 +430,7 @@ class Lifecycle:
         if container is None:
             return
         self._loop.remove_reader(container.pidfd.fileno())
+        self._stop_awaiting(cid)
         for listener in container.listeners.values():
             self._hang_ups.forget(listener.fileno())
         self._supervisors.pop(cid).stop()
