@@ -56,7 +56,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     question_timeout: Annotated[float, Meta(ge=0.1, le=60, description="seconds, 0.1 to 60")] = 10.0
     #: How long a runtime that has connected may take to send its listener.
     agent_timeout: Annotated[float, Meta(ge=0.1, le=600, description="seconds, 0.1 to 600")] = 10.0
-    #: How long a container that its hook has set up may be without a listener before it is given up.
+    #: How long a container that its hook has set up may be without a listener before the log says so.
     registered_timeout: Annotated[float, Meta(ge=1, le=3600, description="seconds, 1 to 3600")] = 60.0
 
     #: Guards that do not decide, but answer CONTINUE to everything or at random: see `TESTING_VARIABLE`.

@@ -56,6 +56,8 @@ class Lifecycle:
         self._composer = Composer(Shields(root), welder, bench)
         self._answerer = Answerer(self._composer, config.protect_immutable_unmounts)
         self._supervisors: dict[str, Supervisor] = {}
+        self._awaited: dict[str, asyncio.TimerHandle] = {}
+        """Containers without a listener so far, by ID."""
 
     # ---- creation ----------------------------------------------------------------------------------------------
 
@@ -81,6 +83,8 @@ class Lifecycle:
         self._start_supervisor(container, Journal.create(container.cid))
         self._loop.add_reader(container.pidfd.fileno(), self.remove, container.cid, "its first process ended")
         self._persist(container)
+        if not late:
+            self._await_listener(container)
         self._log.info(
             "container set up",
             container=container.cid,
@@ -107,7 +111,7 @@ class Lifecycle:
         try:
             tree = builder.survey()
             bare = builder.take_bare_clones(tree)
-            envoy = self._start_envoy(state, userns, netns, bare, material, uid, gid, created_ns)
+            envoy = self._start_envoy(state, pidfd, userns, netns, bare, material, uid, gid, created_ns)
             self._keep_view(state.id, material)
             if late:
                 builder.rebuild_in_place(tree)
@@ -134,6 +138,7 @@ class Lifecycle:
             netns=netns,
             material=material,
             baseline=baseline,
+            settled=late,
             envoy_pid=envoy.pid,
             envoy_pidfd=envoy.pidfd,
         )
@@ -141,6 +146,7 @@ class Lifecycle:
     def _start_envoy(
         self,
         state: State,
+        pidfd: OwnedFd,
         userns: OwnedFd,
         netns: OwnedFd,
         bare: dict[bytes, Kept],
@@ -167,7 +173,9 @@ class Lifecycle:
             bare[b"sysfs"].open() as sys_,
         ):
             joined = [userns.fileno(), netns.fileno(), ipc.fileno(), uts.fileno()]
-            forked = self._keeper.fork_envoy(theirs.fileno(), proc.fileno(), sys_.fileno(), joined)
+            forked = self._keeper.fork_envoy(
+                theirs.fileno(), proc.fileno(), sys_.fileno(), pidfd.fileno(), joined
+            )
             try:
                 self._view.add(state.id, uid, gid, created_ns, ours.fileno())
             except InterceptorError:
@@ -206,6 +214,8 @@ class Lifecycle:
         container = self._registry.get(process.state.id)
         if container is None:
             container = self._late(process)
+        elif not container.settled:
+            self._settle(container)
         index = container.next_listener
         container.next_listener += 1
         kept = listener.dup()
@@ -216,6 +226,7 @@ class Lifecycle:
             kept.close()
             raise
         container.listeners[index] = kept
+        self._stop_awaiting(container.cid)
         self._watch(container, index, kept)
         supervisor = self._supervisors[container.cid]
         if supervisor.link is None:
@@ -242,6 +253,46 @@ class Lifecycle:
             oci_version=state.oci_version, id=state.id, status=state.status, bundle=state.bundle, pid=pid
         )
         return self._set_up(found, bundle, late=True)
+
+    def _await_listener(self, container: Container) -> None:
+        self._awaited[container.cid] = self._loop.call_later(
+            self._config.registered_timeout, self._no_listener, container
+        )
+
+    def _stop_awaiting(self, cid: str) -> None:
+        timer = self._awaited.pop(cid, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _no_listener(self, container: Container) -> None:
+        """It stands on its view and its welds all the same, so it is kept until its first process ends."""
+        self._awaited.pop(container.cid, None)
+        self._log.warning(
+            "no listener has come: copies cannot be removed, new procfs and sysfs mounts are refused",
+            container=container.cid,
+            pid=container.pid,
+            hint=f"linux.seccomp.listenerPath of its bundle should be {self._config.seccomp_socket}",
+        )
+
+    def _settle(self, container: Container) -> None:
+        """What the runtime has mounted since the hook, before the guard answers anything."""
+        container.settled = True
+        with open_namespace(container.pid, "mnt") as namespace:
+            number = stat.mount_namespace_id(namespace)
+            if number != container.baseline.namespace:
+                return  # a first process that has left it already: a runtime that sends listeners late
+            site = Site(namespace, number, self._keeper.namespace, b"/")
+            builder = Builder(self._composer, container.material, site, container.netns)
+            try:
+                builder.settle(container.baseline)
+            except InterceptorError as error:
+                self._log.warning(
+                    "what the runtime mounted after the hook stays as it is",
+                    container=container.cid,
+                    error=str(error),
+                )
+            container.baseline = builder.record(self._composer.shields.dev)
+        self._persist(container)
 
     def _listener_ended(self, container: Container, index: int) -> None:
         listener = container.listeners.pop(index, None)
@@ -334,6 +385,7 @@ class Lifecycle:
             pid=record["pid"],
             bundle=record["bundle"],
             created_ns=record["created_ns"],
+            settled=record["settled"],
             uid=record["uid"],
             gid=record["gid"],
             pidfd=pidfd,
@@ -353,6 +405,8 @@ class Lifecycle:
         elif container.listeners:
             # The predecessor died between taking the listener and starting the guard.
             supervisor.start()
+        else:
+            self._await_listener(container)
         self._log.info("container taken over", container=container.cid, listeners=len(container.listeners))
 
     def _adopt_listeners(self, container: Container) -> None:
@@ -376,6 +430,7 @@ class Lifecycle:
         if container is None:
             return
         self._loop.remove_reader(container.pidfd.fileno())
+        self._stop_awaiting(cid)
         for listener in container.listeners.values():
             self._hang_ups.forget(listener.fileno())
         self._supervisors.pop(cid).stop()

@@ -86,30 +86,54 @@ static const char *mount_point(const struct mount_info *info)
 	return info->sm.str + info->sm.mnt_point;
 }
 
+static bool is_mount(int fd, uint64_t id)
+{
+	struct ix_stat st;
+	return fd >= 0 && ix_statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) == 0 && st.mnt_id == id && st.mount_root;
+}
+
 /* The root of a mount, by its ID: its path leads there, the ID proves it. Fails if something is mounted on top. */
 static int open_mount(uint64_t id, struct mount_info *info)
 {
-	struct ix_stat st;
 	int r = mount_info(id, info);
 	if (r < 0)
 		return r;
 	cleanup_close int fd = ix_openat2(AT_FDCWD, mount_point(info), O_PATH | O_NOFOLLOW, 0, RESOLVE_NO_MAGICLINKS);
 	if (fd < 0)
 		return fd;
-	if (ix_statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0 || st.mnt_id != id || !st.mount_root)
-		return -EBUSY;
-	return ix_take_fd(&fd);
+	return is_mount(fd, id) ? ix_take_fd(&fd) : -EBUSY;
 }
 
-/* "." is the one path that names exactly the mount of a descriptor, whatever is mounted on top. */
-static int detach(int fd)
+/*
+ * Lazily unmounts the mount `id`, whose root `fd` is. `.` leads to the top of what is mounted there, so that must be
+ * it. What the container mounts there in the very instant is taken in its place; then this fails.
+ */
+static int detach(int fd, uint64_t id)
 {
+	struct mount_info info;
+	cleanup_close int top = ix_top_of(fd);
+	if (!is_mount(top, id))
+		return -EBUSY;
 	if (fchdir(fd) < 0)
 		return -errno;
 	int r = ix_umount2(".", MNT_DETACH | UMOUNT_NOFOLLOW);
 	if (chdir("/") < 0)
 		return -errno;
-	return r;
+	return r == 0 && mount_info(id, &info) == 0 ? -EBUSY : r;
+}
+
+/* The root of the top one of the mounts stacked on a file's, which alone can be mounted upon it. */
+int ix_top_of_file(struct ix_call *call, uint64_t mnt_id)
+{
+	struct mount_info info;
+	uint64_t above;
+	if (!ix_open_mount_namespace(call) || ix_enter(call) < 0)
+		return -ESRCH;
+	while (ix_listmount(mnt_id, 0, 0, &above, 1) > 0)
+		mnt_id = above;
+	int fd = open_mount(mnt_id, &info);
+	ix_leave();
+	return fd;
 }
 
 static bool listed(const struct ix_answer *answer, uint64_t id)
@@ -229,11 +253,11 @@ static int put_own_mounts(struct own_mounts *own, int composite)
 
 /* Those that were carried over still stand on the old one, and going with it they would go from its peers too,
  * originals among them. Elsewhere the old one then stays, where its parent has peers or slaves. */
-static int detach_old(int old, const struct own_mounts *own)
+static int detach_old(int old, uint64_t id, const struct own_mounts *own)
 {
 	if (own->count)
 		ix_mount_setattr(old, "", AT_EMPTY_PATH | AT_RECURSIVE, 0, 0, MS_PRIVATE, -1);
-	return detach(old);
+	return detach(old, id);
 }
 
 /*
@@ -255,12 +279,12 @@ static int replace(int old, const struct base *base, struct own_mounts *own, int
 		/* The container's own mounts would be lost on the way: then rather nothing. */
 		if (own->count)
 			return -EBUSY;
-		r = detach(old);
+		r = detach(old, base->id);
 		return r < 0 ? r : ix_move_mount(composite, "", AT_FDCWD, base->point, MOVE_MOUNT_F_EMPTY_PATH);
 	}
 	if (put_own_mounts(own, composite) < 0)
 		return -EBUSY;
-	return detach_old(old, own);
+	return detach_old(old, base->id, own);
 }
 
 static struct ix_reply act_swap(struct ix_call *call, const struct ix_answer *answer, int composite)
@@ -284,7 +308,7 @@ static struct ix_reply act_detach(struct ix_call *call, const struct ix_answer *
 		return ix_deny(EBUSY);
 	if (!begin(call, IX_ACT_DETACH, answer->base_id, 0))
 		return ix_deny(EINTR);
-	return ix_acted(call, detach(call->target));
+	return ix_acted(call, detach(call->target, answer->base_id));
 }
 
 static struct ix_reply act_attach(struct ix_call *call, const struct ix_answer *answer, int composite)
@@ -355,7 +379,7 @@ static void strip_own_mounts(uint64_t root_id)
 		struct mount_info info;
 		cleanup_close int fd = open_mount(ids[n], &info);
 		if (fd >= 0)
-			detach(fd);
+			detach(fd, ids[n]);
 	}
 }
 
@@ -411,7 +435,7 @@ static void finish_swap(uint64_t gone_id, uint64_t there_id)
 	struct base base = {.id = gone_id, .point = mount_point(&info), .composite_id = there_id};
 	if (old < 0)
 		return;
-	if (collect_own_mounts(&base, &own) >= 0 && detach_old(old, &own) >= 0) {
+	if (collect_own_mounts(&base, &own) >= 0 && detach_old(old, gone_id, &own) >= 0) {
 		cleanup_close int composite = open_mount(there_id, &info);
 		put_own_mounts(&own, composite);
 	}

@@ -204,10 +204,11 @@ struct ix_guard_config {
 
 /* Both run in a child just forked by the spawner and never return: they keep only the descriptors named. */
 void ix_become_guard(int userns_fd, int proc_fd, int link_fd, int journal_fd, const struct ix_guard_config *config);
-void ix_become_envoy(const int *ns_fds, int ns_count, int sock, int proc_fd, int sys_fd);
+/* pidfd: of a process with whose end the envoy ends, whoever else is left; -1: none. */
+void ix_become_envoy(const int *ns_fds, int ns_count, int sock, int proc_fd, int sys_fd, int pidfd);
 
 /* ---- resolve.c, for tests: a path as thread `tid` would resolve it; returns an O_PATH descriptor ------------ */
 int ix_resolve(int proc_fd, int tid, int dirfd, const char *path, int follow);
 
 /* ---- envoy.c ----------------------------------------------------------------------------------------------- */
-int ix_envoy(int sock, int proc_fd, int sys_fd);
+int ix_envoy(int sock, int proc_fd, int sys_fd, int pidfd);

@@ -7,11 +7,13 @@
  *
  * One request, one reply, in order; both are one packet of a SOCK_SEQPACKET socket and in the machine's byte order.
  * Nothing is remembered between requests, nothing is allocated, and nothing may block: nodes are opened O_NONBLOCK and
- * anything but a regular file, directory or symbolic link is refused. Ends when the other end is closed.
+ * anything but a regular file, directory or symbolic link is refused. Ends when the other end is closed, and with the
+ * container's first process: the view waits for its envoys to end where nobody is left to end them.
  */
 #include "compat.h"
 
 #include <dirent.h>
+#include <poll.h>
 
 enum { OP_GETATTR = 1, OP_LIST, OP_READ, OP_WRITE, OP_READLINK, OP_OPEN };
 enum { BASE_PROC, BASE_SYS, BASES };
@@ -279,12 +281,22 @@ static int serve(const int *bases, size_t received)
 	}
 }
 
-/* Serves requests on `sock` until it is closed: 0 then, -errno when something is wrong with the socket itself. */
-int ix_envoy(int sock, int proc_fd, int sys_fd)
+/* Whether a request can be received, or the socket's end; false once the process of `pidfd` has ended. */
+static bool await_request(int sock, int pidfd)
+{
+	struct pollfd p[] = {{.fd = sock, .events = POLLIN}, {.fd = pidfd, .events = POLLIN}};
+	while (poll(p, 2, -1) < 0 && errno == EINTR)
+		;
+	return !p[1].revents;
+}
+
+/* Serves requests on `sock` until it is closed or a process ends (pidfd; -1: none): 0 then, -errno when something is
+ * wrong with the socket itself. */
+int ix_envoy(int sock, int proc_fd, int sys_fd, int pidfd)
 {
 	const int bases[BASES] = {[BASE_PROC] = proc_fd, [BASE_SYS] = sys_fd};
 
-	for (;;) {
+	while (await_request(sock, pidfd)) {
 		/* Without a control buffer the kernel drops descriptors that anybody might send along. */
 		ssize_t n = recv(sock, &in, sizeof(in), MSG_TRUNC);
 		if (n < 0 && errno == EINTR)
@@ -309,4 +321,5 @@ int ix_envoy(int sock, int proc_fd, int sys_fd)
 		if (n < 0)
 			return errno == EPIPE || errno == ECONNRESET ? 0 : -errno;
 	}
+	return 0;
 }

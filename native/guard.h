@@ -125,6 +125,7 @@ struct ix_reply ix_handle_open_tree(struct ix_call *call, bool with_attr);
 struct ix_reply ix_handle_move_mount(struct ix_call *call);
 /* act.c */
 bool ix_has_mounts_below(struct ix_call *call, uint64_t mnt_id);
+int ix_top_of_file(struct ix_call *call, uint64_t mnt_id);
 int ix_enter(const struct ix_call *call);
 void ix_leave(void);
 struct ix_reply ix_acted(struct ix_call *call, int result);
@@ -138,6 +139,7 @@ bool ix_caller_has_cap(int tid, int capability);
 bool ix_caller_rules(const struct ix_call *call, int ns_fd);
 void ix_account(const struct ix_call *call);
 /* resolve.c */
+int ix_top_of(int directory);
 int ix_open_caller(int proc_fd, int tid, const char *what, int flags);
 /* Writes "TID/what" to name and returns its length; `what` is one of a few short words. */
 int ix_caller_path(char *name, int tid, const char *what);

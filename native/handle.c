@@ -103,6 +103,23 @@ static bool glance(const struct ix_call *call, const char *path, bool follow, st
 	return ix_statx(ix_guard_state.proc, name, flags, st) == 0;
 }
 
+/*
+ * Whether the path may end where somebody stands or holds something open, whatever has been mounted there since: `.`,
+ * `..`, and procfs' magic links (cwd, root, fd/N). A glance does not step to the top of what is mounted there.
+ */
+static bool names_a_place(const char *path)
+{
+	size_t end = strlen(path), start;
+	while (end > 0 && path[end - 1] == '/')
+		end--;
+	for (start = end; start > 0 && path[start - 1] != '/'; start--)
+		;
+	const char *last = path + start;
+	size_t n = end - start;
+	return n == 0 || strspn(last, ".") >= n || strspn(last, "0123456789") >= n ||
+	       (n == 3 && memcmp(last, "cwd", n) == 0) || (n == 4 && memcmp(last, "root", n) == 0);
+}
+
 static bool known_harmless(const struct ix_call *call, enum ix_op op, bool follow, struct ix_reply *reply)
 {
 	struct ix_stat st;
@@ -151,6 +168,24 @@ struct ix_reply ix_decide(struct ix_call *call, enum ix_op op, int fd, const str
 	return ix_act(call, answer, ix_take_fd(&call->question->answer_fd));
 }
 
+/* What umount2(2) takes is the top of what is mounted at the place, however the path leads there (LOOKUP_MOUNTPOINT). */
+static int step_to_top(struct ix_call *call)
+{
+	cleanup_close int top = -1;
+	if (S_ISDIR(call->target_stat.mode))
+		top = ix_top_of(call->target);
+	else if (call->target_stat.mount_root && ix_has_mounts_below(call, call->target_stat.mnt_id))
+		top = ix_top_of_file(call, call->target_stat.mnt_id);
+	else
+		return 0;
+	/* Then what the path itself leads to, which is the top but where somebody stands or holds something open. */
+	if (top < 0)
+		return 0;
+	ix_close_fd(&call->target);
+	call->target = ix_take_fd(&top);
+	return ix_statx(call->target, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &call->target_stat);
+}
+
 static struct ix_reply handle_umount(struct ix_call *call, uint64_t flags)
 {
 	if (flags & ~(uint64_t)(MNT_FORCE | MNT_DETACH | MNT_EXPIRE | UMOUNT_NOFOLLOW))
@@ -164,9 +199,9 @@ static struct ix_reply handle_umount(struct ix_call *call, uint64_t flags)
 	enum ix_op op = flags & MNT_DETACH ? IX_OP_DETACH : IX_OP_UMOUNT;
 	struct ix_reply reply;
 	/* A lazy one is what original bases are asked for again and again; its refusal takes the proper look anyway. */
-	if (op == IX_OP_UMOUNT && known_harmless(call, op, !(flags & UMOUNT_NOFOLLOW), &reply))
+	if (op == IX_OP_UMOUNT && !names_a_place(call->path) && known_harmless(call, op, !(flags & UMOUNT_NOFOLLOW), &reply))
 		return reply;
-	if (resolve_target(call, !(flags & UMOUNT_NOFOLLOW)) < 0)
+	if (resolve_target(call, !(flags & UMOUNT_NOFOLLOW)) < 0 || step_to_top(call) < 0)
 		return ix_let_kernel_run("a path that does not resolve");
 	if (!call->target_stat.mount_root)
 		return ix_let_kernel_run("no mount: EINVAL is the kernel's");

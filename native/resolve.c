@@ -9,7 +9,7 @@
 
 #include <stdio.h>
 
-enum { MAX_LINKS = 40, PROC_ROOT_INO = 1 };
+enum { MAX_LINKS = 40, PROC_ROOT_INO = 1, TOP_TRIES = 10000 };
 
 struct walk {
 	int proc_fd;                   /* the host's procfs */
@@ -62,6 +62,18 @@ static bool same_place(int a, int b)
 	return ix_statx(a, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &x) == 0 &&
 	       ix_statx(b, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &y) == 0 && x.mnt_id == y.mnt_id &&
 	       x.ino == y.ino && x.dev_major == y.dev_major && x.dev_minor == y.dev_minor;
+}
+
+/*
+ * The root of the top mount at a directory. `..` of a root stays there, but steps onto what is mounted on it. The kernel
+ * gives that up with EAGAIN when anybody on the machine mounts or renames meanwhile: then once more.
+ */
+int ix_top_of(int directory)
+{
+	int fd = -EAGAIN;
+	for (int tries = 0; tries < TOP_TRIES && fd == -EAGAIN; tries++)
+		fd = ix_openat2(directory, "/..", O_PATH | O_DIRECTORY, 0, RESOLVE_IN_ROOT);
+	return fd;
 }
 
 static void step_to(struct walk *w, int fd)

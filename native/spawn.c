@@ -87,22 +87,23 @@ void ix_become_guard(int userns_fd, int proc_fd, int link_fd, int journal_fd, co
 	_exit(ix_guard(fds[0], fds[1], fds[2], &mine) < 0 ? 1 : 0);
 }
 
-void ix_become_envoy(const int *ns_fds, int ns_count, int sock, int proc_fd, int sys_fd)
+void ix_become_envoy(const int *ns_fds, int ns_count, int sock, int proc_fd, int sys_fd, int pidfd)
 {
-	int fds[16] = {sock, proc_fd, sys_fd};
+	int fds[16] = {sock, proc_fd, sys_fd, pidfd};
+	const int joined = pidfd < 0 ? 3 : 4;
 	if (ns_count < 1 || ns_count > 8)
 		_exit(EXIT_DESCRIPTORS);
 	for (int i = 0; i < ns_count; i++)
-		fds[3 + i] = ns_fds[i];
-	keep_only(fds, 3 + ns_count);
+		fds[joined + i] = ns_fds[i];
+	keep_only(fds, joined + ns_count);
 	default_signals();
 	/* The user namespace comes last: joining the others takes the host's rights over them. */
 	for (int i = 1; i < ns_count; i++)
-		if (setns(fds[3 + i], 0) < 0)
+		if (setns(fds[joined + i], 0) < 0)
 			_exit(EXIT_NAMESPACE);
-	become_container_root(fds[3]);
+	become_container_root(fds[joined]);
 	for (int i = 0; i < ns_count; i++)
-		close(fds[3 + i]);
+		close(fds[joined + i]);
 	harden("interceptor-env");
-	_exit(ix_envoy(fds[0], fds[1], fds[2]) < 0 ? 1 : 0);
+	_exit(ix_envoy(fds[0], fds[1], fds[2], pidfd < 0 ? -1 : fds[3]) < 0 ? 1 : 0);
 }

@@ -87,7 +87,9 @@ class Sandbox:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fds = ffi.new("int[]", [namespace.fileno() for namespace in self.namespaces])
         self.envoy = forked(
-            lambda: lib.ix_become_envoy(fds, len(fds), theirs.fileno(), self.proc.fileno(), self.sys.fileno())
+            lambda: lib.ix_become_envoy(
+                fds, len(fds), theirs.fileno(), self.proc.fileno(), self.sys.fileno(), -1
+            )
         )
         theirs.close()
         return ours

@@ -31,6 +31,8 @@ class Container:
     baseline: Baseline
     listeners: dict[int, OwnedFd] = field(default_factory=dict)
     next_listener: int = 0
+    settled: bool = False
+    """What the runtime mounted after the hook has been taken in."""
     guard_pid: int = 0
     envoy_pid: int = 0
     envoy_pidfd: OwnedFd | None = None
@@ -75,6 +77,7 @@ def to_record(container: Container) -> dict[str, Any]:
         "pid": container.pid,
         "bundle": container.bundle,
         "created_ns": container.created_ns,
+        "settled": container.settled,
         "uid": container.uid,
         "gid": container.gid,
         "guard_pid": container.guard_pid,

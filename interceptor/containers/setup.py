@@ -1,13 +1,15 @@
 """Setting a container up: its mounts rebuilt as welded ones, in place, and recorded.
 
 Between the runtime's mounts and pivot_root (createRuntime hook) the whole tree is built anew in the workshop and takes
-the old one's place in one step. A container whose hook never ran is set up when its listener arrives: then each base
-and each protected mount is replaced where it stands.
+the old one's place in one step; what the runtime mounts after the hook is taken in when the listener arrives. A
+container whose hook never ran is set up when its listener arrives: then each base and each protected mount is replaced
+where it stands.
 """
 
 from __future__ import annotations
 
 import os
+import stat as stat_module
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,6 +36,7 @@ _SAME_GROUP = (
     | MoveMountFlag.MOVE_MOUNT_F_EMPTY_PATH
     | MoveMountFlag.MOVE_MOUNT_T_EMPTY_PATH
 )
+_GONE = UmountFlag.MNT_DETACH | UmountFlag.UMOUNT_NOFOLLOW
 _NO_LINKS = ResolveFlag.RESOLVE_NO_SYMLINKS | ResolveFlag.RESOLVE_NO_MAGICLINKS
 
 
@@ -158,9 +161,62 @@ class Builder:
             mount.attach(new, mount.AT_FDCWD, self._site.top)
 
     def rebuild_in_place(self, tree: Node[MountStat]) -> None:
-        """Replaces each base and each protected mount below the root, where it stands, without a gap."""
+        """Replaces each base and each protected mount where it stands, without a gap."""
+        if tree.mount.attributes & PROTECTED:
+            self._replace_root(tree)
+            return
         for node in tree.children:
             self._replace(node)
+
+    def _replace_root(self, tree: Node[MountStat]) -> None:
+        """Replaces the root and everything on it by pivot_root(2), which moves every process that has it for its root.
+
+        A working directory elsewhere on the old one stays there; nothing is mounted on it any more.
+        """
+        with visiting(self._site.namespace, self._site.home):
+            pieces = _clone_pieces(self._site, tree)
+        new = self._assemble(pieces, root_readonly=False)
+        with new, visiting(self._site.namespace, self._site.home), _open_exactly(tree.mount) as old:
+            # pivot_root() refuses a shared root; the new one has taken its place in the peer group.
+            mount.mount_setattr(old, propagation=MountFlag.MS_PRIVATE)
+            mount.attach(new, mount.AT_FDCWD, self._site.top)
+            os.fchdir(new.fileno())
+            mount.pivot_root(b".", b".")
+            mount.umount2(b".", UmountFlag.MNT_DETACH)
+
+    def settle(self, baseline: Baseline) -> None:
+        """Takes in what the runtime has mounted since the hook: runc applies maskedPaths and readonlyPaths after it.
+
+        What lies on a cover goes: the cover is as masked or read-only as the bundle says, and welded. Anything else is
+        welded as it would have been by the hook. Raises `SyscallError`, `ContainerError`.
+        """
+        mounts = self._site.mounts()
+        ids = {m.mnt_id: m for m in mounts}
+        for found in reversed(mounts):
+            base = _base_of_covered(chain_to_root(found, ids), baseline)
+            if base is not None and found.mnt_id not in baseline.mounts:
+                self._take_off(found, base)
+        self._weld_new(self.survey(), baseline)
+
+    def _take_off(self, found: MountStat, base: MountStat) -> None:
+        """Unmounts what lies on a cover of a base. Raises `SyscallError`, `ContainerError`."""
+        inside, name = os.path.split(found.point[len(base.point.rstrip(b"/")) :].strip(b"/"))
+        with visiting(self._site.namespace, self._site.home), _open_exactly(base) as root:
+            with process.openat2(root, inside or b".", os.O_PATH, _NO_LINKS) as parent:
+                if stat.statx(parent, name).mnt_id != found.mnt_id:
+                    raise ContainerError(f"{os.fsdecode(found.point)} changed while it was looked at")
+                os.fchdir(parent.fileno())
+            try:
+                mount.umount2(name, _GONE)
+            finally:
+                os.chdir("/")
+
+    def _weld_new(self, node: Node[MountStat], baseline: Baseline) -> None:
+        for child in node.children:
+            if child.mount.mnt_id in baseline.mounts:
+                self._weld_new(child, baseline)
+            else:
+                self._replace(child)
 
     def _replace(self, node: Node[MountStat]) -> None:
         if not any(is_base(n.mount) or n.mount.attributes & PROTECTED for n in _walk(node)):
@@ -171,10 +227,13 @@ class Builder:
         with new, visiting(self._site.namespace, self._site.home), _open_exactly(node.mount) as old:
             try:
                 mount.attach(new, old, beneath=True)
-                _detach(old)
             except SyscallError:
-                _detach(old)
+                _detach(old, node.mount.point)
                 mount.attach(new, mount.AT_FDCWD, node.mount.point)
+            else:
+                _detach(old, node.mount.point)
+        if stat.mount_exists(node.mount.mnt_id, self._site.namespace_id):
+            raise ContainerError(f"{os.fsdecode(node.mount.point)} changed while it was replaced")
 
     def _assemble(self, pieces: list[_Piece], root_readonly: bool) -> OwnedFd:
         """One detached tree of welded clones; the locks are below bases only, the flags are locked everywhere."""
@@ -256,10 +315,21 @@ def _original_class(chain: list[MountStat], plan: Plan) -> MountClass:
     return MountClass.IMMUTABLE if welded_to(chain, plan) is None else MountClass.ORIGINAL_SUBMOUNT
 
 
-def _detach(fd: OwnedFd) -> None:
-    """Lazily unmounts exactly the mount of a descriptor; for the visiting thread."""
+def _detach(fd: OwnedFd, point: bytes) -> None:
+    """Lazily unmounts the mount of a descriptor, which is the top one at ``point``; for the visiting thread."""
+    if not stat_module.S_ISDIR(stat.statx(fd).mode):
+        mount.umount2(point, _GONE)
+        return
     os.fchdir(fd.fileno())
     try:
-        mount.umount2(b".", UmountFlag.MNT_DETACH | UmountFlag.UMOUNT_NOFOLLOW)
+        mount.umount2(b".", _GONE)
     finally:
         os.chdir("/")
+
+
+def _base_of_covered(chain: list[MountStat], baseline: Baseline) -> MountStat | None:
+    """The original base on one of whose covers the mount lies; None if it lies on none."""
+    covers = [m for m in chain[1:] if m.point == chain[0].point and m.mnt_id in baseline.mounts]
+    if not any(baseline.mounts[m.mnt_id].kind is MountClass.ORIGINAL_SUBMOUNT for m in covers):
+        return None
+    return next((m for m in chain if is_base(m) and m.mnt_id in baseline.mounts), None)

@@ -63,9 +63,9 @@ class Keeper:
         reply, fds = self._order({"op": "guard", "config": config}, [userns, link, journal])
         return Forked(int(reply["pid"]), OwnedFd(fds[0]))
 
-    def fork_envoy(self, sock: int, proc: int, sys_: int, namespaces: list[int]) -> Forked:
-        """A new envoy; the first of ``namespaces`` is the user namespace."""
-        reply, fds = self._order({"op": "envoy"}, [sock, proc, sys_, *namespaces])
+    def fork_envoy(self, sock: int, proc: int, sys_: int, pidfd: int, namespaces: list[int]) -> Forked:
+        """A new envoy, which ends with a process; the first of ``namespaces`` is the user namespace."""
+        reply, fds = self._order({"op": "envoy"}, [sock, proc, sys_, pidfd, *namespaces])
         return Forked(int(reply["pid"]), OwnedFd(fds[0]))
 
     def quit(self) -> None:

@@ -251,10 +251,10 @@ class Keeper:
         return self._child(pid, fds)
 
     def order_envoy(self, _message: Any, fds: list[int]) -> tuple[dict[str, Any], list[int]]:
-        """Forks an envoy. Descriptors: socket, bare procfs, bare sysfs, user namespace, then others to join."""
-        sock, proc, sys_, *namespaces = fds
+        """Forks an envoy. Descriptors: socket, bare procfs and sysfs, pidfd, user namespace, then others to join."""
+        sock, proc, sys_, pidfd, *namespaces = fds
         array_ = ffi.new("int[]", namespaces)
-        pid = _fork(lambda: lib.ix_become_envoy(array_, len(namespaces), sock, proc, sys_))
+        pid = _fork(lambda: lib.ix_become_envoy(array_, len(namespaces), sock, proc, sys_, pidfd))
         return self._child(pid, fds)
 
     def _child(self, pid: int, fds: list[int]) -> tuple[dict[str, Any], list[int]]:

@@ -125,17 +125,19 @@ class Composer:
         self, covered: Covered, target: OwnedFd, fstype: bytes, material: Material, bare: Kept
     ) -> OwnedFd:
         readonly = covered.cover is Cover.READONLY or covered.readonly
-        if covered.cover is Cover.VIEW:
+        part = material.view.get((fstype, covered.path)) if covered.cover is Cover.VIEW else None
+        if part is not None:
             # Hardened already, on the shelf.
-            tree = material.view[fstype, covered.path].clone()
+            tree = part.clone()
             if readonly:
                 mount.mount_setattr(tree, set_=MountAttr.MOUNT_ATTR_RDONLY)
         elif covered.cover is Cover.READONLY:
             tree = bare.clone(covered.path)
             mount.mount_setattr(tree, set_=HARDENED | MountAttr.MOUNT_ATTR_RDONLY)
         else:
-            directory = stat_module.S_ISDIR(stat.statx(target).mode)
-            tree = self.shields.clone(covered.cover, directory)
+            # A node that the machine has got since the container was set up is in no part of its view: a shield does.
+            cover = Cover.SHIELD if covered.cover is Cover.VIEW else covered.cover
+            tree = self.shields.clone(cover, stat_module.S_ISDIR(stat.statx(target).mode))
         return tree
 
     def fresh(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 
 import pytest
 
 from interceptor.library import GuardedChild
 from tests import guarded as inside
-from tests.robust.support import COPY, MNT_DETACH, MS_BIND, MS_REC, Truth, stack_at
+from tests.robust.support import COPY, MNT_DETACH, MS_BIND, MS_REC, PATIENCE, Truth, pipe, stack_at
 
 pytestmark = pytest.mark.root
 
@@ -70,9 +71,6 @@ def test_a_mount_that_cannot_be_carried_over_leaves_all_as_it_was(child: Guarded
     assert child.call(body) == (errno.EBUSY, True, True)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="umount2 takes the top mount at '.', the guard's resolution the covered one"
-)
 def test_the_mount_on_top_of_a_covered_directory_goes(child: GuardedChild) -> None:
     def body() -> tuple[int, int, bool]:
         _copy()
@@ -87,3 +85,66 @@ def test_the_mount_on_top_of_a_covered_directory_goes(child: GuardedChild) -> No
         )
 
     assert child.call(body) == (0, 0, True)
+
+
+def _go_there(spelling: str, place: bytes) -> bytes:
+    """A path that leads to a directory however it will be covered by then."""
+    held = os.open(place, os.O_PATH)
+    os.fchdir(held)
+    return {
+        "dot": b".",
+        "dot slash": b"./",
+        "descriptor": b"/proc/self/fd/%d" % held,
+        "by number": b"/proc/%d/fd/%d" % (os.getpid(), held),
+        "cwd": b"/proc/thread-self/cwd",
+    }[spelling]
+
+
+@pytest.mark.parametrize("spelling", ["dot", "dot slash", "descriptor", "by number", "cwd"])
+def test_a_copied_base_on_top_of_where_one_stands_goes_whole(child: GuardedChild, spelling: str) -> None:
+    """The kernel takes the top of the stack at the place, whatever the path led to."""
+
+    def body() -> tuple[int, int, int]:
+        Truth().prepare()
+        path = _go_there(spelling, COPY)
+        assert inside.try_mount(b"below", COPY, b"tmpfs") == 0
+        assert inside.try_mount(b"/sys", COPY, None, MS_BIND | MS_REC) == 0
+        return inside.try_umount(path), len(stack_at(COPY)), inside.try_umount(path)
+
+    assert child.call(body) == (0, 1, 0)
+
+
+def test_what_is_on_top_of_a_copied_file_goes_by_descriptor(child: GuardedChild) -> None:
+    def body() -> tuple[int, int, int]:
+        Truth().prepare()
+        assert inside.try_mount(b"/proc", COPY, None, MS_BIND | MS_REC) == 0
+        point = COPY + b"/uptime"
+        held = b"/proc/self/fd/%d" % os.open(point, os.O_PATH)
+        with open("/tmp/file", "w"):
+            pass
+        top = len(stack_at(point))
+        assert inside.try_mount(b"/tmp/file", point, None, MS_BIND) == 0
+        return inside.try_umount(held), len(stack_at(point)) - top, inside.try_umount(held, 8)
+
+    assert child.call(body) == (0, 0, errno.EINVAL)
+
+
+def test_an_original_base_stays_while_others_rename(child: GuardedChild) -> None:
+    """The kernel gives some lookups up while anybody renames (EAGAIN of openat2): the guard does not."""
+
+    def renames(go_on: int) -> None:
+        os.close(os.open("/tmp/a", os.O_CREAT))
+        os.mkdir("/tmp/x")
+        while not select.select([go_on], [], [], 0)[0]:
+            for _ in range(100):
+                os.rename("/tmp/a", "/tmp/x/a")
+                os.rename("/tmp/x/a", "/tmp/a")
+
+    def body() -> set[int]:
+        return {inside.try_umount(b"/proc", MNT_DETACH) for _ in range(5000)}
+
+    with pipe() as (end, stop):
+        process = child.start(renames, end, pass_fds=[end])
+        assert child.call(body) == {errno.EBUSY}
+        os.close(stop)
+        process.wait(PATIENCE)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from interceptor.errors import ContainerError, InterceptorError
+from interceptor.kernel.fd import OwnedFd
 from interceptor.library import GuardedChild, Interceptor
 from interceptor.spawn.container import State
 from interceptor.spawn.create import spawn
@@ -189,3 +191,43 @@ def test_a_listener_of_a_container_that_ended_meanwhile(daemon: Interceptor) -> 
     settles_at(daemon, before)
     assert daemon.request("ps") == []
     assert os.path.exists(daemon.control_socket)
+
+
+# ---- no listener comes -------------------------------------------------------------------------------------
+
+
+class KeepsTheListener(ForgetsTheHook):
+    """A runtime with our hook, whose seccomp section names another agent."""
+
+    def __init__(self, daemon: Interceptor) -> None:
+        super().__init__(daemon)
+        self.create = daemon.create  # type: ignore[method-assign]
+        self.hand_over = self._keep
+        self.kept: list[tuple[State, int]] = []
+
+    def _keep(self, process_state: State, listener: OwnedFd) -> None:
+        self.kept.append((process_state, os.dup(listener.fileno())))
+
+
+def _warnings(daemon: Interceptor) -> list[str]:
+    lines = [json.loads(line) for line in daemon.log_path.read_text().splitlines() if line.startswith("{")]
+    return [line["container"] for line in lines if line["event"].startswith("no listener has come")]
+
+
+@pytest.mark.slow
+def test_a_container_without_a_listener_is_told_of_and_kept(leak_check: None) -> None:
+    with Interceptor(registered_timeout=1.0) as daemon:
+        runtime = KeepsTheListener(daemon)
+        with daemon.spawn() as guarded, spawn(runtime, None, cid="alone") as alone:
+            eventually(lambda: _warnings(daemon) == ["alone"], "a warning")
+            # Its view goes on being served, and so will its calls be once the listener comes.
+            assert os.listdir(f"/proc/{alone.pid}/root/proc/sys/kernel")
+            runtime.hand_over = daemon.hand_over
+            ((state, listener),) = runtime.kept
+            with OwnedFd(listener) as late:
+                daemon.hand_over(state, late)
+            assert alone.run(["umount", "/proc/sys"]).returncode == 32
+            known = {c["id"]: c["listeners"] for c in daemon.request("ps")}
+            assert known.keys() == {guarded.cid, "alone"}
+            assert known[guarded.cid] == 1
+        assert _warnings(daemon) == ["alone"]
