@@ -20,13 +20,14 @@ from interceptor.containers.spec import Bundle, host_id_of_root, read_bundle
 from interceptor.errors import ContainerError, InterceptorError, SyscallError
 from interceptor.guards.journal import Journal
 from interceptor.guards.keeper import Forked, Keeper
-from interceptor.guards.link import Answer, Ask, adopt
+from interceptor.guards.link import Answer, Ask, Facts, adopt
 from interceptor.guards.supervise import HangUps, Supervisor
 from interceptor.kernel import mount, stat
 from interceptor.kernel.fd import OwnedFd
 from interceptor.kernel.namespaces import open_namespace
 from interceptor.kernel.process import pidfd_open
 from interceptor.mounts.composite import HARDENED, Composer, Material, Shields
+from interceptor.mounts.lineage import Baseline
 from interceptor.mounts.managed import VIEW_PROC, VIEW_SYS, make_plan
 from interceptor.mounts.weld import Bench, Kept, Shelf, Welder
 from interceptor.observe.log import get_logger
@@ -279,6 +280,7 @@ class Lifecycle:
             },
             container.userns,
             journal,
+            _facts(container.baseline),
             answer,
             container.listeners,
             lambda: self._persist(container),
@@ -435,6 +437,15 @@ class Lifecycle:
             }
             for m in baseline.mounts.values()
         ]
+
+
+def _facts(baseline: Baseline) -> Facts:
+    return Facts(
+        namespace=baseline.namespace,
+        bases=[(m.mnt_id, m.point, m.dev) for m in baseline.bases()],
+        proc=[c.path for c in baseline.plan.proc],
+        sys=[c.path for c in baseline.plan.sys],
+    )
 
 
 def _kill(pidfd: OwnedFd) -> None:

@@ -74,6 +74,7 @@ enum ix_message {
 	IX_MSG_ANSWER = 3,     /* daemon: struct ix_answer */
 	IX_MSG_FLUSH = 4,      /* daemon: policy changed, forget cached verdicts */
 	IX_MSG_HELLO = 5,      /* daemon: a successor is here, ask again what is open */
+	IX_MSG_FACTS = 6,      /* daemon: struct ix_facts */
 	IX_MSG_ASK = 64,       /* guard: struct ix_ask */
 	IX_MSG_READY = 65      /* guard: the listener of index `value` is being served */
 };
@@ -132,6 +133,27 @@ struct ix_answer {
 	uint32_t count;        /* of ids */
 	uint32_t spare;
 	uint64_t ids[64];      /* welded submounts: not to be carried over (SWAP), to be changed (FLAGS) */
+};
+
+/*
+ * What the guard needs to know a copied base from an original one by itself. Paths are hashed (FNV-1a, 64 bits): where
+ * two had the same hash, the guard would ask without need, or take a mount of the container's own away with a copy.
+ */
+enum { IX_FACT_BASES = 16, IX_FACT_COVERS = 64 };
+
+struct ix_original {
+	uint64_t mnt_id;
+	uint64_t point;        /* hash of where it is mounted, from the container's root */
+	uint32_t dev_major, dev_minor;
+};
+
+struct ix_facts {
+	uint32_t type;
+	uint32_t bases;        /* how many of `base` */
+	uint32_t covers[2];    /* how many of `cover` */
+	uint64_t namespace_id; /* the container's first mount namespace */
+	struct ix_original base[16];
+	uint64_t cover[2][64]; /* hashes of the managed paths of procfs and of sysfs, without slashes at the ends */
 };
 
 /* ---- the journal: a memfd shared by daemon and guard, and by a guard's successor ---------------------------- */
