@@ -61,6 +61,21 @@ int ix_fresh_mount(const char *fstype, int pidns_fd, int netns_fd, const char *c
 /* A context of procfs or sysfs for another's namespaces, as fsopen(2) would give it to a process in there. */
 int ix_fsopen_for(const char *fstype, int pidns_fd, int netns_fd, int *step);
 
+/* What is to stand on a path of a tree: a clone of `directory` or of `file`, whichever the path is; where that is NULL,
+ * of the path itself. */
+struct ix_cover {
+	const char *path, *directory, *file;
+	uint64_t attributes;   /* MOUNT_ATTR_*, to be set */
+};
+
+/* Puts covers, one after the other, on the tree that stands at `place`; paths that it does not have are passed over.
+ * *step is the number of the cover that failed. */
+int ix_put_covers(const char *place, const struct ix_cover *covers, int count, int *step);
+
+/* Moves what stands at `place` to the new directory `slot` and visits `welder`, where it arrives by propagation, for a
+ * clone of all of it: welded. *step: 0 mkdir, 1 move_mount, 2 setns, 3 open_tree. */
+int ix_weld(const char *place, const char *slot, int welder_fd, int home_fd, int *step);
+
 /* The standing welder: the calling process leaves for a user and mount namespace of its own, in which the shared
  * mounts of the workshop are received by propagation, and answers each byte on `sock` with a descriptor of that mount
  * namespace. Returns only on end of file or failure. */
