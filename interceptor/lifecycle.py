@@ -20,15 +20,16 @@ from interceptor.containers.spec import Bundle, host_id_of_root, read_bundle
 from interceptor.errors import ContainerError, InterceptorError, SyscallError
 from interceptor.guards.journal import Journal
 from interceptor.guards.keeper import Forked, Keeper
-from interceptor.guards.link import Answer, Ask, adopt
+from interceptor.guards.link import Answer, Ask, Facts, adopt
 from interceptor.guards.supervise import HangUps, Supervisor
 from interceptor.kernel import mount, stat
 from interceptor.kernel.fd import OwnedFd
 from interceptor.kernel.namespaces import open_namespace
 from interceptor.kernel.process import pidfd_open
 from interceptor.mounts.composite import HARDENED, Composer, Material, Shields
-from interceptor.mounts.managed import VIEW_PROC, VIEW_SYS, make_plan
-from interceptor.mounts.weld import Bench, Kept, Shelf, Welder
+from interceptor.mounts.lineage import Baseline
+from interceptor.mounts.managed import VIEW_PROC, VIEW_SYS, Plan, make_plan
+from interceptor.mounts.weld import Bench, Janitor, Kept, Shelf, Welder
 from interceptor.observe.log import get_logger
 from interceptor.oci.state import ContainerProcessState, State
 from interceptor.verdicts import Answerer
@@ -51,7 +52,9 @@ class Lifecycle:
         root = keeper.workshop_root
         self._view_root = os.path.join(root, "view")
         self._view = ViewClient(keeper.view)
-        welder = Welder(keeper.welder, os.path.join(root, "weld"), keeper.namespace, self._loop.call_later)
+        self._janitor = Janitor()
+        staging = os.path.join(root, "weld")
+        welder = Welder(keeper.welder, staging, keeper.namespace, self._loop.call_later, self._janitor)
         bench = Bench(os.path.join(root, "bench"))
         self._composer = Composer(Shields(root), welder, bench)
         self._answerer = Answerer(self._composer, config.protect_immutable_unmounts)
@@ -105,7 +108,7 @@ class Lifecycle:
             mntns, stat.mount_namespace_id(mntns), self._keeper.namespace, b"/" if late else bundle.root
         )
         plan = make_plan(bundle.masked, bundle.readonly)
-        material = Material(plan, Shelf.create(self._shelf_path(state.id)))
+        material = self._material(plan, Shelf.create(self._shelf_path(state.id), self._janitor))
         builder = Builder(self._composer, material, site, netns)
         envoy: Forked | None = None
         try:
@@ -182,6 +185,9 @@ class Lifecycle:
                 _kill(forked.pidfd)
                 raise
         return forked
+
+    def _material(self, plan: Plan, shelf: Shelf) -> Material:
+        return Material(plan, shelf, self._loop.call_soon)
 
     def _shelf_path(self, cid: str) -> str:
         return os.path.join(self._keeper.workshop_root, "shelf", cid)
@@ -330,6 +336,7 @@ class Lifecycle:
             },
             container.userns,
             journal,
+            _facts(container.baseline),
             answer,
             container.listeners,
             lambda: self._persist(container),
@@ -371,13 +378,13 @@ class Lifecycle:
         shelves = os.path.join(self._keeper.workshop_root, "shelf")
         for name in os.listdir(shelves):
             if self._registry.get(name) is None:
-                Shelf(os.path.join(shelves, name)).clear()
+                Shelf(os.path.join(shelves, name), self._janitor).clear()
 
     def _adopt(self, record: dict[str, Any], fds: list[OwnedFd]) -> None:
         queue = list(fds)
         pidfd, userns, netns, journal = (queue.pop(0) for _ in range(4))
         baseline = baseline_of(record)
-        material = Material(baseline.plan, Shelf(self._shelf_path(record["cid"])))
+        material = self._material(baseline.plan, Shelf(self._shelf_path(record["cid"]), self._janitor))
         material.view = {(a.encode(), b.encode()): material.shelf.get(name) for a, b, name in record["views"]}
         material.bare = OrderedDict(((a, b), material.shelf.get(name)) for a, b, name in record["bares"])
         container = Container(
@@ -445,6 +452,7 @@ class Lifecycle:
         """Leaves the containers to their guards and to the next daemon; with none left, everything ends."""
         for supervisor in self._supervisors.values():
             supervisor.let_go()
+        self._janitor.close()
         if not len(self._registry):
             self._keeper.quit()
 
@@ -490,6 +498,15 @@ class Lifecycle:
             }
             for m in baseline.mounts.values()
         ]
+
+
+def _facts(baseline: Baseline) -> Facts:
+    return Facts(
+        namespace=baseline.namespace,
+        bases=[(m.mnt_id, m.point, m.dev) for m in baseline.bases()],
+        proc=[c.path for c in baseline.plan.proc],
+        sys=[c.path for c in baseline.plan.sys],
+    )
 
 
 def _kill(pidfd: OwnedFd) -> None:

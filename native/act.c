@@ -311,6 +311,21 @@ static struct ix_reply act_detach(struct ix_call *call, const struct ix_answer *
 	return ix_acted(call, detach(call->target, answer->base_id));
 }
 
+/* A copied base needs no daemon where the mount table alone tells all about it. */
+bool ix_act_copy(struct ix_call *call, bool lazily, struct ix_reply *reply)
+{
+	uint64_t id = call->target_stat.mnt_id, namespace_id;
+	if (ix_mntns_id(call->mntns, &namespace_id) < 0 || ix_enter(call) < 0)
+		return false;
+	bool whole = ix_goes_whole(id, namespace_id, lazily);
+	if (whole && lazily)
+		*reply = ix_let_kernel_run("a lazy unmount takes the welded submounts along");
+	else if (whole)
+		*reply = begin(call, IX_ACT_DETACH, id, 0) ? ix_acted(call, detach(call->target)) : ix_deny(EINTR);
+	ix_leave();
+	return whole;
+}
+
 static struct ix_reply act_attach(struct ix_call *call, const struct ix_answer *answer, int composite)
 {
 	if (!begin(call, IX_ACT_ATTACH, 0, answer->there_id))

@@ -61,6 +61,21 @@ int ix_fresh_mount(const char *fstype, int pidns_fd, int netns_fd, const char *c
 /* A context of procfs or sysfs for another's namespaces, as fsopen(2) would give it to a process in there. */
 int ix_fsopen_for(const char *fstype, int pidns_fd, int netns_fd, int *step);
 
+/* What is to stand on a path of a tree: a clone of `directory` or of `file`, whichever the path is; where that is NULL,
+ * of the path itself. */
+struct ix_cover {
+	const char *path, *directory, *file;
+	uint64_t attributes;   /* MOUNT_ATTR_*, to be set */
+};
+
+/* Puts covers, one after the other, on the tree that stands at `place`; paths that it does not have are passed over.
+ * *step is the number of the cover that failed. */
+int ix_put_covers(const char *place, const struct ix_cover *covers, int count, int *step);
+
+/* Moves what stands at `place` to the new directory `slot` and visits `welder`, where it arrives by propagation, for a
+ * clone of all of it: welded. *step: 0 mkdir, 1 move_mount, 2 setns, 3 open_tree. */
+int ix_weld(const char *place, const char *slot, int welder_fd, int home_fd, int *step);
+
 /* The standing welder: the calling process leaves for a user and mount namespace of its own, in which the shared
  * mounts of the workshop are received by propagation, and answers each byte on `sock` with a descriptor of that mount
  * namespace. Returns only on end of file or failure. */
@@ -74,6 +89,7 @@ enum ix_message {
 	IX_MSG_ANSWER = 3,     /* daemon: struct ix_answer */
 	IX_MSG_FLUSH = 4,      /* daemon: policy changed, forget cached verdicts */
 	IX_MSG_HELLO = 5,      /* daemon: a successor is here, ask again what is open */
+	IX_MSG_FACTS = 6,      /* daemon: struct ix_facts */
 	IX_MSG_ASK = 64,       /* guard: struct ix_ask */
 	IX_MSG_READY = 65      /* guard: the listener of index `value` is being served */
 };
@@ -132,6 +148,27 @@ struct ix_answer {
 	uint32_t count;        /* of ids */
 	uint32_t spare;
 	uint64_t ids[64];      /* welded submounts: not to be carried over (SWAP), to be changed (FLAGS) */
+};
+
+/*
+ * What the guard needs to know a copied base from an original one by itself. Paths are hashed (FNV-1a, 64 bits): where
+ * two had the same hash, the guard would ask without need, or take a mount of the container's own away with a copy.
+ */
+enum { IX_FACT_BASES = 16, IX_FACT_COVERS = 64 };
+
+struct ix_original {
+	uint64_t mnt_id;
+	uint64_t point;        /* hash of where it is mounted, from the container's root */
+	uint32_t dev_major, dev_minor;
+};
+
+struct ix_facts {
+	uint32_t type;
+	uint32_t bases;        /* how many of `base` */
+	uint32_t covers[2];    /* how many of `cover` */
+	uint64_t namespace_id; /* the container's first mount namespace */
+	struct ix_original base[16];
+	uint64_t cover[2][64]; /* hashes of the managed paths of procfs and of sysfs, without slashes at the ends */
 };
 
 /* ---- the journal: a memfd shared by daemon and guard, and by a guard's successor ---------------------------- */

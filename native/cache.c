@@ -20,6 +20,9 @@ static struct entry entries[ENTRIES];
  */
 static atomic_uint foreign[FOREIGN];
 
+/* Devices that are a procfs or a sysfs, the same way; for a dead one's successor a question is asked in vain. */
+static atomic_uint bases[FOREIGN];
+
 static struct entry *entry_of(uint64_t mnt_id)
 {
 	return &entries[(mnt_id * 0x9e3779b97f4a7c15ULL) >> 54];
@@ -57,8 +60,10 @@ void ix_cache_flush(void)
 {
 	pthread_mutex_lock(&ix_guard_state.cache_lock);
 	memset(entries, 0, sizeof(entries));
-	for (int i = 0; i < FOREIGN; i++)
+	for (int i = 0; i < FOREIGN; i++) {
 		atomic_store(&foreign[i], 0);
+		atomic_store(&bases[i], 0);
+	}
 	pthread_mutex_unlock(&ix_guard_state.cache_lock);
 }
 
@@ -72,6 +77,17 @@ void ix_cache_put_foreign(const struct ix_stat *st)
 {
 	if (st->dev_major == 0)
 		atomic_store(&foreign[st->dev_minor % FOREIGN], st->dev_minor);
+}
+
+bool ix_cache_is_base(const struct ix_stat *st)
+{
+	return st->dev_major == 0 && st->dev_minor != 0 && atomic_load(&bases[st->dev_minor % FOREIGN]) == st->dev_minor;
+}
+
+void ix_cache_put_base(const struct ix_stat *st)
+{
+	if (st->dev_major == 0)
+		atomic_store(&bases[st->dev_minor % FOREIGN], st->dev_minor);
 }
 
 void ix_cache_forget_foreign(const struct ix_stat *st)

@@ -43,6 +43,7 @@ struct ix_guard_state {
 	atomic_uchar slot_taken[IX_SLOTS];
 	atomic_int watching;           /* the watchdog is awake */
 	atomic_uint_fast64_t next_seq;
+	struct ix_facts facts;         /* under cache_lock */
 	pthread_mutex_t cache_lock;
 	pthread_mutex_t stats_lock;
 	pthread_mutex_t turn_lock;
@@ -111,6 +112,8 @@ void ix_cache_put(uint64_t mnt_id, enum ix_op op, int error);
 void ix_cache_flush(void);
 bool ix_cache_is_foreign(const struct ix_stat *st);
 void ix_cache_put_foreign(const struct ix_stat *st);
+bool ix_cache_is_base(const struct ix_stat *st);
+void ix_cache_put_base(const struct ix_stat *st);
 void ix_cache_forget_foreign(const struct ix_stat *st);
 /* handle.c */
 struct ix_reply ix_handle(struct ix_call *call, uint32_t arch, int nr);
@@ -118,6 +121,9 @@ bool ix_is_ours(struct ix_call *call, int fd, const struct ix_stat *st);
 int ix_mount_magic(struct ix_call *call, uint64_t mnt_id, uint64_t *magic);
 bool ix_open_mount_namespace(struct ix_call *call);
 struct ix_reply ix_decide(struct ix_call *call, enum ix_op op, int fd, const struct ix_stat *st, uint64_t flags);
+/* copies.c */
+void ix_take_facts(const struct ix_facts *facts);
+bool ix_goes_whole(uint64_t mnt_id, uint64_t namespace_id, bool lazily);
 /* newapi.c */
 struct ix_reply ix_handle_fsopen(struct ix_call *call);
 struct ix_reply ix_handle_fsmount(struct ix_call *call);
@@ -130,6 +136,7 @@ int ix_enter(const struct ix_call *call);
 void ix_leave(void);
 struct ix_reply ix_acted(struct ix_call *call, int result);
 struct ix_reply ix_act(struct ix_call *call, const struct ix_answer *answer, int fd);
+bool ix_act_copy(struct ix_call *call, bool lazily, struct ix_reply *reply);
 struct ix_reply ix_act_bind(struct ix_call *call, int source);
 struct ix_reply ix_act_attach_held(struct ix_call *call, int tree, uint64_t mnt_id, int to, unsigned int flags);
 bool ix_act_recover(struct ix_call *call, int *result);

@@ -76,13 +76,15 @@ bool ix_is_ours(struct ix_call *call, int fd, const struct ix_stat *st)
 	if (ix_cache_is_foreign(st))
 		return false;
 	if ((st->dev_major == c->view_major && st->dev_minor == c->view_minor) ||
-	    (st->dev_major == c->shield_major && st->dev_minor == c->shield_minor))
+	    (st->dev_major == c->shield_major && st->dev_minor == c->shield_minor) || ix_cache_is_base(st))
 		return true;
 	/* By statmount where it is mounted: fstatfs may wait for a FUSE server of the container's, statmount never does. */
 	if (ix_mount_magic(call, st->mnt_id, &magic) < 0 && ix_fs_magic(fd, &magic) < 0)
 		return false;
-	if (magic == IX_PROC_SUPER_MAGIC || magic == IX_SYSFS_MAGIC)
+	if (magic == IX_PROC_SUPER_MAGIC || magic == IX_SYSFS_MAGIC) {
+		ix_cache_put_base(st);
 		return true;
+	}
 	ix_cache_put_foreign(st);
 	return false;
 }
@@ -158,6 +160,10 @@ struct ix_reply ix_decide(struct ix_call *call, enum ix_op op, int fd, const str
 	}
 	if (!ix_open_mount_namespace(call) || !ix_caller_rules(call, call->mntns))
 		return ix_let_kernel_run("the caller lacks the right: EPERM is the kernel's");
+	struct ix_reply reply;
+	bool lazily = op == IX_OP_DETACH;
+	if ((op == IX_OP_UMOUNT || lazily) && ix_act_copy(call, lazily, &reply))
+		return reply;
 	struct ix_ask ask = {.type = IX_MSG_ASK, .op = op, .mnt_id = st->mnt_id, .flags = flags, .tid = call->tid};
 	int fds[] = {call->mntns, fd};
 	if (!ix_question(call, &ask, fds, 2))

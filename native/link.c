@@ -31,6 +31,7 @@ union message {
 	uint32_t type;
 	struct ix_note note;
 	struct ix_answer answer;
+	struct ix_facts facts;
 };
 
 /* Returns the size of the message, 0 at end of file, -1 on failure; *fd is the first descriptor, others are closed. */
@@ -156,6 +157,8 @@ int ix_link_serve(void)
 			return 0;
 		if (n == sizeof(m.answer) && m.type == IX_MSG_ANSWER)
 			take_answer(&m.answer, &fd);
+		else if (n == sizeof(m.facts) && m.type == IX_MSG_FACTS)
+			ix_take_facts(&m.facts);
 		else if (n == sizeof(m.note) && m.type == IX_MSG_LISTENER)
 			serve_listener(m.note.value, &fd);
 		else if (n == sizeof(m.note) && m.type == IX_MSG_DROP)

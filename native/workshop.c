@@ -99,6 +99,64 @@ int ix_fresh_mount(const char *fstype, int pidns_fd, int netns_fd, const char *c
 	return ix_fsmount(context, 0, attrs);
 }
 
+/* ---- composites -------------------------------------------------------------------------------------------- */
+
+static bool is_absent(int error)
+{
+	return error == -ENOENT || error == -ELOOP || error == -ENOTDIR || error == -EACCES;
+}
+
+static int put_cover(int root, const struct ix_cover *cover)
+{
+	struct ix_stat st;
+	cleanup_close int target = ix_openat2(root, cover->path, O_PATH | O_NOFOLLOW, 0,
+					      RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS);
+	if (target < 0)
+		return is_absent(target) ? 0 : target;
+	int r = ix_statx(target, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st);
+	if (r < 0)
+		return r;
+	const char *source = S_ISDIR(st.mode) ? cover->directory : cover->file;
+	cleanup_close int tree = source ? ix_open_tree(AT_FDCWD, source, OPEN_TREE_CLONE | AT_SYMLINK_NOFOLLOW)
+					: ix_open_tree(target, "", OPEN_TREE_CLONE | AT_EMPTY_PATH);
+	if (tree < 0)
+		return tree;
+	r = cover->attributes ? ix_mount_setattr(tree, "", AT_EMPTY_PATH, cover->attributes, 0, 0, -1) : 0;
+	return r < 0 ? r : ix_move_mount(tree, "", target, "", MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH);
+}
+
+int ix_put_covers(const char *place, const struct ix_cover *covers, int count, int *step)
+{
+	*step = 0;
+	cleanup_close int root = ix_result(open(place, O_PATH | O_DIRECTORY | O_CLOEXEC));
+	if (root < 0)
+		return root;
+	for (int r; *step < count; (*step)++)
+		if ((r = put_cover(root, &covers[*step])) < 0)
+			return r;
+	return 0;
+}
+
+int ix_weld(const char *place, const char *slot, int welder_fd, int home_fd, int *step)
+{
+	*step = 0;
+	if (mkdir(slot, 0700) < 0)
+		return -errno;
+	*step = 1;
+	int r = ix_move_mount(AT_FDCWD, place, AT_FDCWD, slot, 0);
+	if (r < 0)
+		return r;
+	*step = 2;
+	if (setns(welder_fd, CLONE_NEWNS) < 0)
+		return -errno;
+	*step = 3;
+	int tree = ix_open_tree(AT_FDCWD, slot, OPEN_TREE_CLONE | AT_RECURSIVE | AT_SYMLINK_NOFOLLOW);
+	/* A thread that cannot leave again would do all that follows in the wrong place. */
+	if (setns(home_fd, CLONE_NEWNS) < 0)
+		abort();
+	return tree;
+}
+
 static int send_fd(int sock, int fd, int error)
 {
 	union {

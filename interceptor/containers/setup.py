@@ -264,7 +264,7 @@ class Builder:
             covers = self._material.plan.of(found.fstype)
             readonly = bool(found.attributes & MountAttr.MOUNT_ATTR_RDONLY)
             return self._composer.composite(
-                base, b"", found.fstype, self._material, covers, bare, readonly=readonly
+                base, b"", found.fstype, self._material, covers, readonly=readonly
             )
         if self._is_planned(piece):
             piece.tree.close()

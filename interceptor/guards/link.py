@@ -82,6 +82,19 @@ class Answer:
     tree: OwnedFd | None = None
 
 
+@dataclass(frozen=True)
+class Facts:
+    """By what a guard knows a copied base from an original one (native/copies.c)."""
+
+    namespace: int
+    """ID of the container's first mount namespace."""
+    bases: Sequence[tuple[int, bytes, tuple[int, int]]]
+    """The original ones: unique mount ID, mount point within the container's root, device."""
+    proc: Sequence[bytes]
+    """The managed paths of procfs, without slashes at the ends."""
+    sys: Sequence[bytes]
+
+
 class GuardLink:
     """The daemon's end of a guard's socket."""
 
@@ -117,6 +130,26 @@ class GuardLink:
     def flush(self) -> bool:
         """The policy changed: cached verdicts are void."""
         return self._note(lib.IX_MSG_FLUSH)
+
+    def send_facts(self, facts: Facts) -> bool:
+        """Has the guard let copied bases go by itself; not where there is more to know than it takes."""
+        covers = (facts.proc, facts.sys)
+        if len(facts.bases) > lib.IX_FACT_BASES or any(len(paths) > lib.IX_FACT_COVERS for paths in covers):
+            return True
+        record = ffi.new("struct ix_facts *", {"type": lib.IX_MSG_FACTS, "namespace_id": facts.namespace})
+        record.bases = len(facts.bases)
+        for index, (mnt_id, point, dev) in enumerate(facts.bases):
+            record.base[index] = {
+                "mnt_id": mnt_id,
+                "point": hashed(point),
+                "dev_major": dev[0],
+                "dev_minor": dev[1],
+            }
+        for kind, paths in enumerate(covers):
+            record.covers[kind] = len(paths)
+            for index, path in enumerate(paths):
+                record.cover[kind][index] = hashed(path)
+        return self._send(bytes(ffi.buffer(record)))
 
     def hello(self) -> bool:
         """A successor is here: what is open is asked again."""
@@ -190,6 +223,14 @@ def _decode(data: bytes, fds: list[OwnedFd]) -> Ask | Ready:
         source=source if source.isascii() and all(0x20 < c < 0x7F for c in source) else b"",
         fds=fds,
     )
+
+
+def hashed(path: bytes) -> int:
+    """FNV-1a, 64 bits, as native/copies.c has it."""
+    value = 0xCBF29CE484222325
+    for byte in path:
+        value = (value ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+    return value
 
 
 def socket_pair() -> tuple[GuardLink, OwnedFd]:

@@ -58,7 +58,6 @@ class Workshop:
         weld = os.path.join(self.root, "weld")
         _mount(b"interceptor-weld", weld, b"tmpfs", 2 | 4 | 8, b"mode=0700")
         _mount(b"none", weld, None, MS_SHARED)
-        os.mkdir(os.path.join(weld, "w"), 0o755)
 
     def _make_shields(self) -> None:
         """Inert, read-only things to stand where something else must not be seen. Their names show in mountinfo."""

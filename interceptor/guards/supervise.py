@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from interceptor.errors import InterceptorError, ProtocolError
 from interceptor.guards.journal import Journal
 from interceptor.guards.keeper import Keeper
-from interceptor.guards.link import Answer, Ask, GuardLink, socket_pair
+from interceptor.guards.link import Answer, Ask, Facts, GuardLink, socket_pair
 from interceptor.kernel.fd import OwnedFd
 from interceptor.observe.log import get_logger
 
@@ -58,6 +58,7 @@ class Supervisor:
         config: Mapping[str, int],
         userns: OwnedFd,
         journal: Journal,
+        facts: Facts,
         answer: Callable[[Ask], Answer],
         listeners: Mapping[int, OwnedFd],
         changed: Callable[[], None],
@@ -70,6 +71,7 @@ class Supervisor:
         self._keeper = keeper
         self._config = dict(config)
         self._userns = userns
+        self._facts = facts
         self._answer = answer
         self._listeners = listeners
         self._changed = changed
@@ -88,6 +90,7 @@ class Supervisor:
         self._take(link, forked.pid, forked.pidfd)
         # Kept before it is at work: two guards on one journal would be in each other's way.
         self._changed()
+        link.send_facts(self._facts)
         for index, listener in self._listeners.items():
             link.send_listener(index, listener.fileno())
 
@@ -96,6 +99,7 @@ class Supervisor:
         self._take(link, pid, pidfd)
         # The configuration may have changed since its verdicts were given.
         link.flush()
+        link.send_facts(self._facts)
         link.hello()
         # The predecessor may have died before it had sent them all; the guard passes over those that it has.
         for index, listener in self._listeners.items():

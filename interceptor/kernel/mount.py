@@ -6,7 +6,9 @@ mount_setattr(2).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from interceptor._native import ffi, lib
 from interceptor.errors import SyscallError, errno_name
@@ -118,6 +120,44 @@ def fresh_mount(
     result = lib.ix_fresh_mount(fstype, pid, net, array, attributes, step)
     if result < 0:
         raise SyscallError(-result, f"{_STEPS[step[0]]} of a new {fstype.decode()}")
+    return OwnedFd(result)
+
+
+class CoverSource(NamedTuple):
+    """What is to stand on a path of a tree, and what that is cloned from; None: from the path itself."""
+
+    path: bytes
+    directory: bytes | None
+    file: bytes | None
+    attributes: int
+    """`MountAttr` bits to set."""
+
+
+def put_covers(place: str, covers: Sequence[CoverSource]) -> None:
+    """Covers the tree that stands at ``place``, in one go; paths that it does not have are passed over.
+
+    Raises `SyscallError` with the path of the cover that failed.
+    """
+    step = ffi.new("int *")
+    keep = [[ffi.NULL if text is None else ffi.new("char[]", text) for text in c[:3]] for c in covers]
+    array = ffi.new("struct ix_cover[]", [(*k, c.attributes) for k, c in zip(keep, covers, strict=True)])
+    result = lib.ix_put_covers(os.fsencode(place), array, len(covers), step)
+    if result < 0:
+        raise SyscallError(-result, f"covering of {os.fsdecode(covers[step[0]].path)} at {place}")
+
+
+_WELDING = ("mkdir", "move_mount", "setns", "open_tree")
+
+
+def weld(place: str, slot: str, welder: FdLike, home: FdLike) -> OwnedFd:
+    """Moves what stands at ``place`` to the new directory ``slot``, and clones what arrives there in ``welder``.
+
+    ``welder`` and ``home`` are mount namespaces, the second the calling thread's own. Raises `SyscallError`.
+    """
+    step = ffi.new("int *")
+    result = lib.ix_weld(os.fsencode(place), os.fsencode(slot), c_fd(welder), c_fd(home), step)
+    if result < 0:
+        raise SyscallError(-result, f"{_WELDING[step[0]]} of {place} at {slot}, to be welded")
     return OwnedFd(result)
 
 

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import stat as stat_module
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
-from interceptor.errors import SyscallError
-from interceptor.kernel import mount, process, stat
+from interceptor.kernel import mount, stat
 from interceptor.kernel.fd import OwnedFd
-from interceptor.kernel.flags import MOUNT_ATTR__ATIME, MountAttr, ResolveFlag
+from interceptor.kernel.flags import MOUNT_ATTR__ATIME, MountAttr
 from interceptor.mounts.arguments import NewMount, atime_attributes, options, simple_attributes
 from interceptor.mounts.managed import Cover, Covered, Plan
 from interceptor.mounts.weld import Bench, Kept, Shelf, Welder
 
 HARDENED = MountAttr.MOUNT_ATTR_NOSUID | MountAttr.MOUNT_ATTR_NODEV | MountAttr.MOUNT_ATTR_NOEXEC
-_O_PATH = os.O_PATH | os.O_NOFOLLOW
-_INSIDE = ResolveFlag.RESOLVE_IN_ROOT | ResolveFlag.RESOLVE_NO_MAGICLINKS | ResolveFlag.RESOLVE_NO_SYMLINKS
-_ABSENT = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EACCES)
 #: Bare clones kept of bases that the container made itself; older ones are let go, and their copies then stay whole.
 BARE_MAX = 64
 
@@ -32,10 +26,10 @@ class Shields:
         self._root = Kept(os.path.join(workshop_root, "shield"))
         self.dev = stat.statx(mount.AT_FDCWD, self._root.path).dev
 
-    def clone(self, cover: Cover, directory: bool) -> OwnedFd:
-        """A detached mount to put over a directory or a file."""
-        name = (b"shield" if cover is Cover.SHIELD else b"masked") + (b"" if directory else b"-file")
-        return self._root.clone(name)
+    def sources(self, cover: Cover) -> tuple[bytes, bytes]:
+        """What to clone for a directory and for a file."""
+        name = os.path.join(os.fsencode(self._root.path), b"shield" if cover is Cover.SHIELD else b"masked")
+        return name, name + b"-file"
 
 
 @dataclass
@@ -44,6 +38,8 @@ class Material:
 
     plan: Plan
     shelf: Shelf
+    soon: Callable[[Callable[[], None]], object]
+    """Does something after what is being done now."""
     view: dict[tuple[bytes, bytes], Kept] = field(default_factory=dict)
     """The view's submounts by (filesystem type, path): cloned for each composite."""
     bare: OrderedDict[tuple[int, int], Kept] = field(default_factory=OrderedDict)
@@ -56,7 +52,7 @@ class Material:
         if dev in self.bare:
             tree.close()
             return self.bare[dev]
-        kept = self.bare[dev] = self.shelf.put(tree)
+        kept = self.bare[dev] = self.shelf.put_later(tree, self.soon)
         if len(self.bare) > BARE_MAX:
             self.shelf.drop(self.bare.pop(list(self.bare)[2]))
         return kept
@@ -86,59 +82,64 @@ class Composer:
         fstype: bytes,
         material: Material,
         covers: Iterable[Covered],
-        bare: Kept,
         *,
         readonly: bool = False,
     ) -> OwnedFd:
         """A welded composite of a bare tree, whose root is ``inside`` its filesystem (empty: the filesystem's root).
 
-        The tree is used up. Paths that it does not have are passed over. A procfs with subset=pid is given all its
-        paths while it is covered: the container can take the option back by fspick(2), and must find them covered.
+        The tree is used up. Paths that it does not have are passed over.
         """
-        with self.bench.holding(tree) as place, OwnedFd(os.open(place, os.O_PATH | os.O_CLOEXEC)) as root:
-            subset = fstype == b"proc" and not inside and not _exists(root, b"sys")
-            if subset:
-                mount.reconfigure(root, {b"subset": b","})
-            for covered in covers:
-                if _is_below(covered.path, inside):
-                    self._cover(root, _below(covered.path, inside), covered, fstype, material, bare)
-            if subset:
-                mount.reconfigure(root, {b"subset": b"pid"})
-            if readonly:
-                mount.mount_setattr(root, set_=MountAttr.MOUNT_ATTR_RDONLY, recursive=True)
-            root.close()
-            return self._welder.weld(place)
+        with self.bench.holding(tree) as place:
+            return self._finish(place, inside, fstype, material, covers, readonly)
 
-    def _cover(
-        self, root: OwnedFd, path: bytes, covered: Covered, fstype: bytes, material: Material, bare: Kept
-    ) -> None:
-        try:
-            target = process.openat2(root, path, _O_PATH, _INSIDE)
-        except SyscallError as error:
-            if error.errno in _ABSENT:
-                return
-            raise
-        with target, self._cover_tree(covered, target, fstype, material, bare) as tree:
-            mount.attach(tree, target)
-
-    def _cover_tree(
-        self, covered: Covered, target: OwnedFd, fstype: bytes, material: Material, bare: Kept
+    def _finish(
+        self,
+        place: str,
+        inside: bytes,
+        fstype: bytes,
+        material: Material,
+        covers: Iterable[Covered],
+        readonly: bool = False,
     ) -> OwnedFd:
+        """Covers and welds what stands on the bench.
+
+        A procfs with subset=pid is given all its paths while it is covered: the container can take the option back by
+        fspick(2), and must find them covered.
+        """
+        subset = fstype == b"proc" and not inside and not os.path.lexists(os.path.join(place, "sys"))
+        if subset:
+            self._set_subset(place, b",")
+        mount.put_covers(
+            place,
+            [
+                self._source(_below(covered.path, inside), covered, fstype, material)
+                for covered in covers
+                if _is_below(covered.path, inside)
+            ],
+        )
+        if subset:
+            self._set_subset(place, b"pid")
+        if readonly:
+            mount.mount_setattr(mount.AT_FDCWD, place, set_=MountAttr.MOUNT_ATTR_RDONLY, recursive=True)
+        return self._welder.weld_at(place)
+
+    @staticmethod
+    def _set_subset(place: str, value: bytes) -> None:
+        with OwnedFd(os.open(place, os.O_PATH | os.O_CLOEXEC)) as root:
+            mount.reconfigure(root, {b"subset": value})
+
+    def _source(self, path: bytes, covered: Covered, fstype: bytes, material: Material) -> mount.CoverSource:
         readonly = covered.cover is Cover.READONLY or covered.readonly
         part = material.view.get((fstype, covered.path)) if covered.cover is Cover.VIEW else None
         if part is not None:
             # Hardened already, on the shelf.
-            tree = part.clone()
-            if readonly:
-                mount.mount_setattr(tree, set_=MountAttr.MOUNT_ATTR_RDONLY)
-        elif covered.cover is Cover.READONLY:
-            tree = bare.clone(covered.path)
-            mount.mount_setattr(tree, set_=HARDENED | MountAttr.MOUNT_ATTR_RDONLY)
-        else:
-            # A node that the machine has got since the container was set up is in no part of its view: a shield does.
-            cover = Cover.SHIELD if covered.cover is Cover.VIEW else covered.cover
-            tree = self.shields.clone(cover, stat_module.S_ISDIR(stat.statx(target).mode))
-        return tree
+            view = os.fsencode(part.path)
+            return mount.CoverSource(path, view, view, MountAttr.MOUNT_ATTR_RDONLY if readonly else 0)
+        if covered.cover is Cover.READONLY:
+            return mount.CoverSource(path, None, None, HARDENED | MountAttr.MOUNT_ATTR_RDONLY)
+        # A node that the machine has got since the container was set up is in no part of its view: a shield does.
+        cover = Cover.SHIELD if covered.cover is Cover.VIEW else covered.cover
+        return mount.CoverSource(path, *self.shields.sources(cover), 0)
 
     def fresh(
         self, new: NewMount, material: Material, pid_namespace: OwnedFd, network_namespace: OwnedFd
@@ -158,8 +159,10 @@ class Composer:
 
         They are set after the weld, so that the container can clear again what it asked for itself.
         """
-        bare = material.keep_bare(stat.statx(base).dev, base)
-        welded = self.composite(bare.clone(), b"", fstype, material, material.plan.of(fstype), bare)
+        dev = stat.statx(base).dev
+        with self.bench.holding(base) as place:
+            material.keep_bare(dev, mount.clone_mount(mount.AT_FDCWD, place))
+            welded = self._finish(place, b"", fstype, material, material.plan.of(fstype))
         if attributes:
             mount.mount_setattr(welded, set_=attributes, recursive=True)
         return welded
@@ -180,17 +183,7 @@ class Composer:
             for c in material.plan.of(base.fstype)
             if not _hidden(c.path, shielded)
         ]
-        return self.composite(tree, inside, base.fstype, material, covers, bare)
-
-
-def _exists(root: OwnedFd, path: bytes) -> bool:
-    try:
-        process.openat2(root, path, _O_PATH, _INSIDE).close()
-    except SyscallError as error:
-        if error.errno in _ABSENT:
-            return False
-        raise
-    return True
+        return self.composite(tree, inside, base.fstype, material, covers)
 
 
 def _is_below(path: bytes, inside: bytes) -> bool:

@@ -13,12 +13,15 @@ import stat as stat_module
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from queue import SimpleQueue
+from threading import Event, Thread
 
 from interceptor.errors import InterceptorError, SyscallError
 from interceptor.kernel import mount, stat
 from interceptor.kernel.fd import OwnedFd
 from interceptor.kernel.flags import UmountFlag
-from interceptor.kernel.namespaces import visiting
+from interceptor.kernel.namespaces import become_visitor, visiting
+from interceptor.observe.log import get_logger
 
 #: How many trees are welded before the first of them must go, and how long the last stays: seconds.
 TRAY_SLOTS = 32
@@ -37,18 +40,54 @@ class Bench:
     def __init__(self, place: str) -> None:
         self.place = place
         clear(place)
+        self._empty = stat.statx(mount.AT_FDCWD, place).mnt_id
 
     @contextmanager
     def holding(self, tree: OwnedFd) -> Iterator[str]:
         """The path at which a detached tree stands. What is still there at the end of the block goes."""
-        before = stat.statx(mount.AT_FDCWD, self.place).mnt_id
         mount.attach(tree, mount.AT_FDCWD, self.place)
         tree.close()
         try:
             yield self.place
         finally:
-            if stat.statx(mount.AT_FDCWD, self.place).mnt_id != before:
+            if stat.statx(mount.AT_FDCWD, self.place).mnt_id != self._empty:
                 mount.umount2(self.place, UmountFlag.MNT_DETACH)
+
+
+class Janitor:
+    """Unmounts what is no longer needed, in a thread of its own.
+
+    The end of a mount waits for an RCU grace period, up to milliseconds; nobody who asks for something is to wait for
+    that as well. The thread has a root and working directory of its own, so that the thread that made it may still
+    visit other mount namespaces.
+    """
+
+    def __init__(self) -> None:
+        self._log = get_logger()
+        self._queue: SimpleQueue[str | None] = SimpleQueue()
+        self._apart = Event()
+        self._thread = Thread(target=self._work, name="janitor", daemon=True)
+        self._thread.start()
+        self._apart.wait()
+
+    def take(self, path: str) -> None:
+        """Lets the mount at ``path`` go, with all that is below it, and the directory that it stands on."""
+        self._queue.put(path)
+
+    def close(self) -> None:
+        """Waits until all that was taken has gone."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        become_visitor()
+        self._apart.set()
+        while (path := self._queue.get()) is not None:
+            try:
+                mount.umount2(path, UmountFlag.MNT_DETACH)
+                os.rmdir(path)
+            except OSError as error:
+                self._log.warning("something was left behind in the workshop", path=path, error=str(error))
 
 
 class Welder:
@@ -58,59 +97,72 @@ class Welder:
     belongs to another user namespace, so the kernel locks it on the way (lock_mnt_tree() of fs/namespace.c). A clone
     taken in there keeps the locks wherever it is attached. One weld at a time, by a thread that may visit namespaces.
 
-    Trees are welded on a tray, a tmpfs of the staging place, and go together with it some time after the last weld:
-    the end of a mount waits for an RCU grace period, which whoever waits for a weld need not wait for as well.
+    Trees are welded on a tray, a tmpfs of the staging place, and go together with it some time after the last weld.
     """
 
     def __init__(
-        self, sock: OwnedFd, staging: str, home: OwnedFd, later: Callable[[float, Callable[[], None]], object]
+        self,
+        sock: OwnedFd,
+        staging: str,
+        home: OwnedFd,
+        later: Callable[[float, Callable[[], None]], object],
+        janitor: Janitor,
     ) -> None:
-        self._tray = os.path.join(staging, "w")
+        self._staging = staging
         self._home = home
         self._later = later
+        self._janitor = janitor
         self._namespace = _namespace_of(sock)
-        self._used = 0
+        for name in os.listdir(staging):  # left by a predecessor
+            clear(os.path.join(staging, name))
+            os.rmdir(os.path.join(staging, name))
+        self._serial = 0
         self._clear_due = False
-        while stat.statx(mount.AT_FDCWD, self._tray).mount_root:  # left by a predecessor
-            mount.umount2(self._tray, UmountFlag.MNT_DETACH)
+        self._lay_out()
 
-    def weld(self, tree: OwnedFd | str) -> OwnedFd:
-        """A welded clone of a tree, detached or on the bench, which is used up. Raises `InterceptorError`."""
-        slot = self._slot(tree)
-        if isinstance(tree, OwnedFd):
-            with tree:
-                mount.attach(tree, mount.AT_FDCWD, slot)
-        else:
-            mount.move_mount(mount.AT_FDCWD, tree, mount.AT_FDCWD, slot)
-        if not self._clear_due:
-            self._clear_due = True
-            self._later(TRAY_SECONDS, self.clear)
+    def weld(self, tree: OwnedFd) -> OwnedFd:
+        """A welded clone of a detached tree, which is used up. Raises `SyscallError`."""
+        slot = self._slot()
+        with tree:
+            if stat_module.S_ISDIR(stat.statx(tree).mode):
+                os.mkdir(slot, 0o700)
+            else:
+                os.close(os.open(slot, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            mount.attach(tree, mount.AT_FDCWD, slot)
         with visiting(self._namespace, self._home):
             return mount.clone_mount(mount.AT_FDCWD, slot, recursive=True)
 
-    def _slot(self, tree: OwnedFd | str) -> str:
+    def weld_at(self, place: str) -> OwnedFd:
+        """A welded clone of the directory tree that stands at ``place``, which is used up. Raises `SyscallError`."""
+        return mount.weld(place, self._slot(), self._namespace, self._home)
+
+    def _slot(self) -> str:
         if self._used == TRAY_SLOTS:
             self._take_tray_away()
-        if not self._used:
-            mount.mount(b"interceptor-tray", self._tray, b"tmpfs", 2 | 4 | 8, b"mode=0700")
+        if not self._clear_due:
+            self._clear_due = True
+            self._later(TRAY_SECONDS, self.clear)
         slot = os.path.join(self._tray, str(self._used))
         self._used += 1
-        found = stat.statx(tree) if isinstance(tree, OwnedFd) else stat.statx(mount.AT_FDCWD, tree)
-        if stat_module.S_ISDIR(found.mode):
-            os.mkdir(slot, 0o700)
-        else:
-            os.close(os.open(slot, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         return slot
 
     def clear(self) -> None:
         """Lets go what was welded."""
         self._clear_due = False
-        self._take_tray_away()
+        if self._used:
+            self._take_tray_away()
 
     def _take_tray_away(self) -> None:
-        if self._used:
-            self._used = 0
-            mount.umount2(self._tray, UmountFlag.MNT_DETACH)
+        self._janitor.take(self._tray)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """A tray ahead of need."""
+        self._tray = os.path.join(self._staging, str(self._serial))
+        self._serial += 1
+        self._used = 0
+        os.mkdir(self._tray, 0o700)
+        mount.mount(b"interceptor-tray", self._tray, b"tmpfs", 2 | 4 | 8, b"mode=0700")
 
 
 def _namespace_of(sock: OwnedFd) -> OwnedFd:
@@ -131,7 +183,11 @@ class Kept:
     """A tree that stands on a shelf to be cloned from."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
+        self._path = path
+
+    @property
+    def path(self) -> str:
+        return self._path
 
     @property
     def name(self) -> str:
@@ -147,17 +203,45 @@ class Kept:
         return OwnedFd(os.open(self.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC))
 
 
+class _KeptLater(Kept):
+    """One that is put on its shelf when there is time, or when it is needed."""
+
+    def __init__(self, shelf: Shelf, tree: OwnedFd) -> None:
+        super().__init__("")
+        self._shelf = shelf
+        self._tree = tree
+
+    @property
+    def path(self) -> str:
+        self.settle()
+        return self._path
+
+    @property
+    def waits(self) -> bool:
+        return not self._tree.closed
+
+    def settle(self) -> None:
+        """Does it, unless it is done or has become needless."""
+        if self.waits:
+            self._path = self._shelf.put(self._tree).path
+
+    def forget(self) -> None:
+        self._tree.close()
+
+
 class Shelf:
     """The material of one container: a tmpfs of the workshop's with trees mounted in it, gone in one step."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, janitor: Janitor) -> None:
         self._path = path
+        self._janitor = janitor
         self._serial = 0
+        self._waiting: list[_KeptLater] = []
 
     @classmethod
-    def create(cls, path: str) -> Shelf:
+    def create(cls, path: str, janitor: Janitor) -> Shelf:
         """A new, empty one; what stood there before goes."""
-        shelf = cls(path)
+        shelf = cls(path, janitor)
         shelf.clear()
         os.mkdir(path, 0o700)
         mount.mount(b"interceptor-shelf", path, b"tmpfs", 2 | 4 | 8, b"mode=0700")
@@ -175,17 +259,25 @@ class Shelf:
             mount.attach(tree, mount.AT_FDCWD, path)
         return Kept(path)
 
+    def put_later(self, tree: OwnedFd, soon: Callable[[Callable[[], None]], object]) -> Kept:
+        """`put` by ``soon``, after what is being done now, or once it is needed."""
+        kept = _KeptLater(self, tree)
+        self._waiting = [k for k in self._waiting if k.waits] + [kept]
+        soon(kept.settle)
+        return kept
+
     def get(self, name: str) -> Kept:
         """What a predecessor put there."""
         return Kept(os.path.join(self._path, name))
 
     def drop(self, kept: Kept) -> None:
         """Lets one tree go."""
-        mount.umount2(kept.path, UmountFlag.MNT_DETACH)
-        os.rmdir(kept.path)
+        self._janitor.take(kept.path)
 
     def clear(self) -> None:
         """Lets everything go, and the shelf."""
+        for kept in self._waiting:
+            kept.forget()
         try:
             mount.umount2(self._path, UmountFlag.MNT_DETACH)
         except SyscallError as error:

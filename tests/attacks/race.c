@@ -33,6 +33,7 @@ static int watched_count;
 static char *buffer;           /* what the call is given */
 static const char *one, *two;  /* what changes */
 static int number = -1;
+static int tells;              /* that something was opened, as soon as it is */
 
 static int is_raw(int fd)
 {
@@ -47,7 +48,8 @@ static void look_at(const char *path)
 		int fd = open(path, (i ? O_RDONLY | O_NONBLOCK : O_PATH) | O_CLOEXEC);
 		if (fd < 0)
 			continue;
-		atomic_fetch_add(&opened, 1);
+		if (atomic_fetch_add(&opened, 1) == 0 && tells)
+			(void)!write(1, "opened\n", 7);
 		if (is_raw(fd)) {
 			atomic_fetch_add(&raw_seen, 1);
 			fprintf(stderr, "raw: %s\n", path);
@@ -195,9 +197,9 @@ int main(int argc, char **argv)
 	long done = 0;
 	if (n == 2 && strcmp(argv[1], "watch") == 0) {
 		char c;
+		tells = 1;
+		(void)!write(1, "ready\n", 6);
 		pthread_t threads[] = {start(watch), start(watch)};
-		puts("ready");
-		fflush(stdout);
 		while (read(0, &c, 1) > 0)
 			;
 		atomic_store(&stop, 1);

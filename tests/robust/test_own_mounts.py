@@ -8,7 +8,9 @@ import select
 
 import pytest
 
-from interceptor.library import GuardedChild
+from interceptor.kernel.flags import CLONE_NEWNS
+from interceptor.kernel.namespaces import unshare
+from interceptor.library import GuardedChild, Interceptor
 from tests import guarded as inside
 from tests.robust.support import COPY, MNT_DETACH, MS_BIND, MS_REC, PATIENCE, Truth, pipe, stack_at
 
@@ -148,3 +150,57 @@ def test_an_original_base_stays_while_others_rename(child: GuardedChild) -> None
         assert child.call(body) == {errno.EBUSY}
         os.close(stop)
         process.wait(PATIENCE)
+
+
+# ---- copied bases, which the guard lets go by itself ---------------------------------------------------------
+
+
+def test_a_copied_base_goes_without_a_question(daemon: Interceptor, child: GuardedChild) -> None:
+    def body() -> list[int]:
+        Truth().prepare()
+        results = []
+        for _ in range(5):
+            assert inside.try_mount(b"/sys", COPY, None, MS_BIND | MS_REC) == 0
+            results += [inside.try_umount(COPY), len(stack_at(COPY))]
+        return results
+
+    child.call(body)  # what it finds out about filesystems for the first time may be asked
+    asked = daemon.request("stats", id=child.cid)["asked"]
+    assert child.call(body) == [0, 0] * 5
+    assert daemon.request("stats", id=child.cid)["asked"] == asked
+
+
+def test_in_another_namespace_the_copy_goes_and_the_original_stays(child: GuardedChild) -> None:
+    def body() -> tuple[int, int, int, int]:
+        Truth().prepare()
+        unshare(CLONE_NEWNS)
+        assert inside.try_mount(b"/sys", COPY, None, MS_BIND | MS_REC) == 0
+        original = len(stack_at(b"/sys"))
+        return (
+            inside.try_umount(b"/sys"),
+            inside.try_umount(COPY),
+            len(stack_at(COPY)),
+            len(stack_at(b"/sys")) - original,
+        )
+
+    assert child.call(body) == (errno.EBUSY, 0, 0, 0)
+
+
+def test_a_mount_of_its_own_keeps_a_copied_base_busy(child: GuardedChild) -> None:
+    def body() -> tuple[int, bool, int, int]:
+        _copy()
+        own = _own(COPY + b"/fs")
+        busy = inside.try_umount(COPY)
+        stays = os.path.isdir(own + b"/mark")
+        return busy, stays, inside.try_umount(own), inside.try_umount(COPY)
+
+    assert child.call(body) == (errno.EBUSY, True, 0, 0)
+
+
+def test_a_cover_bound_elsewhere_on_a_copied_base_is_a_mount_of_its_own(child: GuardedChild) -> None:
+    def body() -> tuple[int, int, int]:
+        _copy()
+        assert inside.try_mount(COPY + b"/kernel", COPY + b"/fs", None, MS_BIND) == 0
+        return inside.try_umount(COPY), inside.try_umount(COPY + b"/fs"), inside.try_umount(COPY)
+
+    assert child.call(body) == (errno.EBUSY, 0, 0)

@@ -1,0 +1,120 @@
+/*
+ * Copied bases, told from original ones by the mount table: what mounts/lineage.py says of them, for the one case that
+ * needs nothing else. Whatever is not plain here is asked about.
+ */
+#include "guard.h"
+
+enum { BELOW_MAX = 64 };
+
+struct seen {
+	struct ix_statmount sm;
+	char strings[2 * PATH_MAX];
+};
+
+static uint64_t hash(const char *text)
+{
+	uint64_t h = 0xcbf29ce484222325ULL;
+	while (*text)
+		h = (h ^ (unsigned char)*text++) * 0x100000001b3ULL;
+	return h;
+}
+
+void ix_take_facts(const struct ix_facts *facts)
+{
+	if (facts->bases > IX_FACT_BASES || facts->covers[0] > IX_FACT_COVERS || facts->covers[1] > IX_FACT_COVERS)
+		return;
+	pthread_mutex_lock(&ix_guard_state.cache_lock);
+	ix_guard_state.facts = *facts;
+	pthread_mutex_unlock(&ix_guard_state.cache_lock);
+}
+
+/* Of this thread's mount namespace. */
+static bool look(uint64_t mnt_id, struct seen *m)
+{
+	const uint64_t wanted = IX_STATMOUNT_SB_BASIC | IX_STATMOUNT_MNT_BASIC | IX_STATMOUNT_MNT_ROOT | IX_STATMOUNT_MNT_POINT;
+	return ix_statmount(mnt_id, 0, wanted, m, sizeof(*m)) == 0 && (m->sm.mask & wanted) == wanted;
+}
+
+/* Without peers nothing that happens on it happens elsewhere, too. */
+static bool is_shared(uint64_t mnt_id)
+{
+	struct ix_statmount sm;
+	return ix_statmount(mnt_id, 0, IX_STATMOUNT_MNT_BASIC, &sm, sizeof(sm)) < 0 || sm.mnt_peer_group != 0;
+}
+
+static const char *point_of(const struct seen *m)
+{
+	return m->sm.str + m->sm.mnt_point;
+}
+
+/* Of procfs and sysfs: 0 and 1, as in struct ix_facts. */
+static int kind_of_base(const struct seen *m)
+{
+	if (strcmp(m->sm.str + m->sm.mnt_root, "/") != 0)
+		return -1;
+	return m->sm.sb_magic == IX_PROC_SUPER_MAGIC ? 0 : m->sm.sb_magic == IX_SYSFS_MAGIC ? 1 : -1;
+}
+
+/* In a namespace cloned from the first one an original has another ID, and stands where the first one's stands. */
+static bool may_be_original(const struct ix_facts *facts, const struct seen *m, uint64_t namespace_id)
+{
+	for (uint32_t i = 0; i < facts->bases; i++) {
+		const struct ix_original *o = &facts->base[i];
+		if (namespace_id == facts->namespace_id ? o->mnt_id == m->sm.mnt_id
+							: o->dev_major == m->sm.sb_dev_major && o->dev_minor == m->sm.sb_dev_minor &&
+								  o->point == hash(point_of(m)))
+			return true;
+	}
+	return false;
+}
+
+static bool is_managed(const struct ix_facts *facts, int kind, uint64_t path)
+{
+	for (uint32_t i = 0; i < facts->covers[kind]; i++)
+		if (facts->cover[kind][i] == path)
+			return true;
+	return false;
+}
+
+/* Whether the base carries what is welded to it and nothing else: the first mount on each managed path. */
+static bool carries_only_covers(const struct ix_facts *facts, int kind, const struct seen *base)
+{
+	uint64_t ids[BELOW_MAX], points[BELOW_MAX];
+	int64_t n = ix_listmount(base->sm.mnt_id, 0, 0, ids, BELOW_MAX);
+	size_t prefix = strcmp(point_of(base), "/") == 0 ? 0 : strlen(point_of(base));
+	if (n < 0 || n == BELOW_MAX)
+		return false;
+	for (int64_t i = 0; i < n; i++) {
+		struct seen m;
+		if (!look(ids[i], &m) || strlen(point_of(&m)) <= prefix || !is_managed(facts, kind, hash(point_of(&m) + prefix + 1)))
+			return false;
+		points[i] = hash(point_of(&m));
+		bool on_base = m.sm.mnt_parent_id == base->sm.mnt_id;
+		for (int64_t k = 0; k < i && !on_base; k++)
+			on_base = m.sm.mnt_parent_id == ids[k] && points[k] != points[i];
+		if (!on_base)
+			return false;
+	}
+	return true;
+}
+
+/*
+ * Whether a mount of this thread's mount namespace is a copied base that may go with all that is welded to it, or, where
+ * that is to happen lazily, with whatever is on it. Where the parent has peers, an original could go as well.
+ */
+bool ix_goes_whole(uint64_t mnt_id, uint64_t namespace_id, bool lazily)
+{
+	struct ix_facts facts;
+	struct seen base;
+	pthread_mutex_lock(&ix_guard_state.cache_lock);
+	facts = ix_guard_state.facts;
+	pthread_mutex_unlock(&ix_guard_state.cache_lock);
+	if (facts.namespace_id == 0 || !look(mnt_id, &base))
+		return false;
+	int kind = kind_of_base(&base);
+	if (kind < 0 || may_be_original(&facts, &base, namespace_id))
+		return false;
+	if (base.sm.mnt_parent_id == mnt_id || is_shared(base.sm.mnt_parent_id))
+		return false;
+	return lazily || carries_only_covers(&facts, kind, &base);
+}
