@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from interceptor.errors import InterceptorError, SyscallError
 from interceptor.kernel import mount, stat
 from interceptor.kernel.fd import OwnedFd
-from interceptor.kernel.flags import UmountFlag
+from interceptor.kernel.flags import MountFlag, UmountFlag
 from interceptor.kernel.namespaces import visiting
 
 #: How many trees are welded before the first of them must go, and how long the last stays: seconds.
@@ -86,7 +86,10 @@ class Welder:
             self._clear_due = True
             self._later(TRAY_SECONDS, self.clear)
         with visiting(self._namespace, self._home):
-            return mount.clone_mount(mount.AT_FDCWD, slot, recursive=True)
+            welded = mount.clone_mount(mount.AT_FDCWD, slot, recursive=True)
+        # Until the tray is taken away it is a slave, and the container would see that.
+        mount.mount_setattr(welded, propagation=MountFlag.MS_PRIVATE, recursive=True)
+        return welded
 
     def _slot(self, tree: OwnedFd | str) -> str:
         if self._used == TRAY_SLOTS:
