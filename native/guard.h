@@ -118,6 +118,10 @@ bool ix_is_ours(struct ix_call *call, int fd, const struct ix_stat *st);
 int ix_mount_magic(struct ix_call *call, uint64_t mnt_id, uint64_t *magic);
 bool ix_open_mount_namespace(struct ix_call *call);
 struct ix_reply ix_decide(struct ix_call *call, enum ix_op op, int fd, const struct ix_stat *st, uint64_t flags);
+/* options.c */
+int ix_read_options(int tid, uint64_t address, char out[PATH_MAX]);
+bool ix_parse_options(const char *data, struct ix_ask *ask);
+void ix_name_source(const char *source, struct ix_ask *ask);
 /* newapi.c */
 struct ix_reply ix_handle_fsopen(struct ix_call *call);
 struct ix_reply ix_handle_fsmount(struct ix_call *call);

@@ -13,10 +13,11 @@ from interceptor.errors import SyscallError
 from interceptor.kernel import mount, process, stat
 from interceptor.kernel.fd import OwnedFd
 from interceptor.kernel.flags import MOUNT_ATTR__ATIME, MountAttr, ResolveFlag
-from interceptor.mounts.arguments import NewMount, atime_attributes, options, simple_attributes
+from interceptor.mounts.arguments import SIMPLE_ATTRIBUTES, NewMount, atime_attributes, options, simple_attributes
 from interceptor.mounts.managed import Cover, Covered, Plan
 from interceptor.mounts.weld import Bench, Kept, Shelf, Welder
 
+_CLEARABLE = SIMPLE_ATTRIBUTES | MountAttr.MOUNT_ATTR_NODIRATIME
 HARDENED = MountAttr.MOUNT_ATTR_NOSUID | MountAttr.MOUNT_ATTR_NODEV | MountAttr.MOUNT_ATTR_NOEXEC
 _O_PATH = os.O_PATH | os.O_NOFOLLOW
 _INSIDE = ResolveFlag.RESOLVE_IN_ROOT | ResolveFlag.RESOLVE_NO_MAGICLINKS | ResolveFlag.RESOLVE_NO_SYMLINKS
@@ -156,8 +157,12 @@ class Composer:
 
         They are set after the weld, so that the container can clear again what it asked for itself.
         """
-        bare = material.keep_bare(stat.statx(base).dev, base)
-        welded = self.composite(bare.clone(), b"", fstype, material, material.plan.of(fstype), bare)
+        dev = stat.statx(base).dev
+        # A network namespace has one sysfs, and of that a clone may be kept already: another mount, otherwise named.
+        known = material.bare.get(dev)
+        bare = known or material.keep_bare(dev, base)
+        tree = base if known else bare.clone()
+        welded = self.composite(tree, b"", fstype, material, material.plan.of(fstype), bare)
         if attributes:
             mount.mount_setattr(welded, set_=attributes, recursive=True)
         return welded
@@ -172,7 +177,9 @@ class Composer:
         if bare is None:
             return None
         tree = bare.clone(inside)
-        mount.mount_setattr(tree, set_=base.attributes, clear=MOUNT_ATTR__ATIME)
+        # The clone that is kept may be of another mount of the same superblock.
+        others = MOUNT_ATTR__ATIME | (_CLEARABLE & ~base.attributes)
+        mount.mount_setattr(tree, set_=base.attributes, clear=others)
         covers = [
             Covered(c.path, Cover.SHIELD, c.readonly) if c.path in shielded else c
             for c in material.plan.of(base.fstype)

@@ -16,7 +16,7 @@ PATHS: tuple[bytes, ...] = (
     *(b"/sys/devices", b"/sys/devices/virtual", b"/sys/class", b"/sys/module/nf_conntrack/parameters", b"/proc/nowhere"),
     *map(in_f, ("proc", "proc/sys", "proc/uptime", "sys", "sys/kernel", "sys/devices", "sys/devices/virtual")),
     *map(in_f, ("proclink", "proc/self", "sys/devices/..", "sys/class")),
-    *(b"/", b"/usr", b"/dev", b"/dev/null", b"/dev/pts", b"/run", b"/etc/alternatives", b"/dev/mqueue"),
+    *(b"/", b"/usr", b"/dev", b"/dev/null", b"/run", b"/etc/alternatives", b"/dev/mqueue"),
 )  # fmt: skip
 
 
