@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from interceptor.containers.registry import Container
 from interceptor.errors import InterceptorError, SyscallError
 from interceptor.guards.link import MAX_IDS, Act, Answer, Ask, Op
-from interceptor.kernel import mount, stat
+from interceptor.kernel import mount, process, stat
 from interceptor.kernel.flags import MOUNT_ATTR__ATIME, PROC_SUPER_MAGIC, SYSFS_MAGIC, MountAttr
 from interceptor.kernel.stat import MountStat
 from interceptor.mounts.arguments import SIMPLE_ATTRIBUTES, NewMount
@@ -104,7 +104,8 @@ class Answerer:
             source=ask.source,
             hidepid=ask.hidepid,
             subset_pid=ask.subset_pid,
-            gid=ask.gid,
+            gid=None if ask.gid is None else process.host_gid(ask.tid, ask.gid),
+            sb_flags=ask.sb_flags,
         )
         tree = self._composer.fresh(new, container.material, pid_namespace, network_namespace)
         return Answer(Act.ATTACH, there_id=stat.statx(tree).mnt_id, tree=tree), "a welded composite"
@@ -122,7 +123,12 @@ class Answerer:
         """A context that `_fsopen` gave, configured by the caller since."""
         _mount_namespace, context = ask.fds
         atime = ask.flags & MOUNT_ATTR__ATIME
-        base = mount.fsmount(context, atime | (ask.flags & MountAttr.MOUNT_ATTR_NODIRATIME))
+        try:
+            base = mount.fsmount(context, atime | (ask.flags & MountAttr.MOUNT_ATTR_NODIRATIME))
+        except SyscallError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            return Answer(Act.ERROR, error=errno.EBUSY), "made already, or not created yet"
         fstype = _BASE_MAGIC.get(stat.fs_magic(base))
         if fstype is None:
             return Answer(Act.ERROR, error=errno.EPERM), "neither procfs nor sysfs"

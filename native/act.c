@@ -321,7 +321,7 @@ bool ix_act_copy(struct ix_call *call, bool lazily, struct ix_reply *reply)
 	if (whole && lazily)
 		*reply = ix_let_kernel_run("a lazy unmount takes the welded submounts along");
 	else if (whole)
-		*reply = begin(call, IX_ACT_DETACH, id, 0) ? ix_acted(call, detach(call->target)) : ix_deny(EINTR);
+		*reply = begin(call, IX_ACT_DETACH, id, 0) ? ix_acted(call, detach(call->target, id)) : ix_deny(EINTR);
 	ix_leave();
 	return whole;
 }
@@ -412,6 +412,8 @@ static struct ix_reply bind_in_namespace(struct ix_call *call, int source)
 	/* In no peer group with what it was cloned from: what is stripped from it must stay there. */
 	if (ix_mount_setattr(tree, "", AT_EMPTY_PATH | AT_RECURSIVE, 0, 0, MS_PRIVATE, -1) < 0)
 		return ix_let_kernel_run("a clone that cannot be made private: EINVAL is the kernel's");
+	if (!S_ISDIR(call->target_stat.mode))
+		return ix_deny(ENOTDIR);
 	if (!begin(call, IX_ACT_ATTACH, 0, st.mnt_id))
 		return ix_deny(EINTR);
 	int r = ix_move_mount(tree, "", call->target, "", EFFECT_FLAGS);

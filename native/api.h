@@ -133,7 +133,7 @@ struct ix_ask {
 	int32_t hidepid;       /* -1: not given */
 	uint32_t subset_pid;
 	uint32_t gid;          /* in the caller's user namespace; UINT32_MAX: not given */
-	uint32_t spare;
+	uint32_t sb_flags;     /* IX_OP_NEW: flags of mount(2) that the superblock gets, by flag or by option */
 	char source[64];       /* what the caller called the source; printable ASCII or empty */
 };
 

@@ -124,6 +124,10 @@ struct ix_reply ix_decide(struct ix_call *call, enum ix_op op, int fd, const str
 /* copies.c */
 void ix_take_facts(const struct ix_facts *facts);
 bool ix_goes_whole(uint64_t mnt_id, uint64_t namespace_id, bool lazily);
+/* options.c */
+int ix_read_options(int tid, uint64_t address, char out[PATH_MAX]);
+bool ix_parse_options(const char *data, struct ix_ask *ask);
+void ix_name_source(const char *source, struct ix_ask *ask);
 /* newapi.c */
 struct ix_reply ix_handle_fsopen(struct ix_call *call);
 struct ix_reply ix_handle_fsmount(struct ix_call *call);

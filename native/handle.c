@@ -211,6 +211,9 @@ static struct ix_reply handle_umount(struct ix_call *call, uint64_t flags)
 		return ix_let_kernel_run("a path that does not resolve");
 	if (!call->target_stat.mount_root)
 		return ix_let_kernel_run("no mount: EINVAL is the kernel's");
+	uint64_t magic;
+	if (flags & MNT_FORCE && ix_mount_magic(call, call->target_stat.mnt_id, &magic) == 0 && magic == IX_SYSFS_MAGIC)
+		return ix_let_kernel_run("a filesystem of the host's: EPERM is the kernel's");
 	return ix_decide(call, op, call->target, &call->target_stat, flags);
 }
 
@@ -251,69 +254,20 @@ static struct ix_reply handle_move(struct ix_call *call)
 	cleanup_close int source = ix_resolve(ix_guard_state.proc, call->tid, AT_FDCWD, call->text, true);
 	if (source < 0 || ix_statx(source, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0 || !st.mount_root)
 		return ix_let_kernel_run("no mount to move: EINVAL is the kernel's");
-	return ix_decide(call, IX_OP_MOVE, source, &st, 0);
+	struct ix_reply reply = ix_decide(call, IX_OP_MOVE, source, &st, 0);
+	/* The kernel looks at the target first. */
+	if (reply.outcome == IX_DENIED && resolve_target(call, true) < 0)
+		return ix_let_kernel_run("a target that does not resolve");
+	return reply;
 }
 
-static bool token_is(const char *token, size_t length, const char *word)
+/* Whether the target is a mount of the very filesystem that would come there: do_add_mount() of fs/namespace.c. */
+static bool stands_there(const struct ix_call *call)
 {
-	return strlen(word) == length && memcmp(token, word, length) == 0;
-}
-
-static bool parse_gid(const char *text, size_t length, uint32_t *gid)
-{
-	uint64_t value = 0;
-	if (length == 0 || length > 10)
-		return false;
-	for (size_t i = 0; i < length; i++) {
-		if (text[i] < '0' || text[i] > '9')
-			return false;
-		value = value * 10 + (uint64_t)(text[i] - '0');
-	}
-	*gid = (uint32_t)value;
-	return value < UINT32_MAX;
-}
-
-static bool parse_hidepid(const char *text, size_t length, int32_t *hidepid)
-{
-	static const struct { const char *word; int value; } words[] = {
-		{"0", 0}, {"1", 1}, {"2", 2}, {"4", 4}, {"off", 0}, {"noaccess", 1}, {"invisible", 2}, {"ptraceable", 4},
-	};
-	for (size_t i = 0; i < sizeof(words) / sizeof(words[0]); i++)
-		if (token_is(text, length, words[i].word)) {
-			*hidepid = words[i].value;
-			return true;
-		}
-	return false;
-}
-
-/* The options of a new procfs (proc(5)); anything else is left to the kernel, which refuses it with its own errno. */
-static bool parse_options(const char *data, struct ix_ask *ask)
-{
-	for (const char *p = data; *p;) {
-		size_t n = strcspn(p, ",");
-		bool ok = n == 0;
-		if (ask->kind == 1 && n > 8 && memcmp(p, "hidepid=", 8) == 0)
-			ok = parse_hidepid(p + 8, n - 8, &ask->hidepid);
-		else if (ask->kind == 1 && n > 4 && memcmp(p, "gid=", 4) == 0)
-			ok = parse_gid(p + 4, n - 4, &ask->gid);
-		else if (ask->kind == 1 && token_is(p, n, "subset=pid"))
-			ok = (ask->subset_pid = 1) != 0;
-		if (!ok)
-			return false;
-		p += n + (p[n] == ',');
-	}
-	return true;
-}
-
-static void copy_source(const char *source, char out[IX_SOURCE_MAX])
-{
-	size_t n = strlen(source);
-	if (n == 0 || n >= IX_SOURCE_MAX)
-		return;
-	for (size_t i = 0; i < n; i++)
-		if (source[i] <= ' ' || source[i] > '~' || source[i] == '\\')
-			return;
-	memcpy(out, source, n);
+	struct ix_stat st;
+	int tree = call->question->answer_fd;
+	return tree >= 0 && call->target_stat.mount_root && ix_statx(tree, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) == 0 &&
+	       st.dev_major == call->target_stat.dev_major && st.dev_minor == call->target_stat.dev_minor;
 }
 
 static struct ix_reply ask_for_composite(struct ix_call *call, struct ix_ask *ask)
@@ -325,9 +279,14 @@ static struct ix_reply ask_for_composite(struct ix_call *call, struct ix_ask *as
 	/* mount_capable() of fs/super.c asks for the right over the owner of the filesystem's namespace as well. */
 	if (!ix_caller_rules(call, call->mntns) || !ix_caller_rules(call, ask->kind == 1 ? pidns : netns))
 		return ix_let_kernel_run("the caller lacks the right: EPERM is the kernel's");
+	/* It would be refused as too revealing before the kernel looks at the target. */
+	if (!S_ISDIR(call->target_stat.mode))
+		return ix_deny(ENOTDIR);
 	int fds[] = {call->mntns, pidns, netns};
 	if (!ix_question(call, ask, fds, 3))
 		return ix_let_kernel_run("nobody answers: the kernel refuses what would reveal");
+	if (stands_there(call))
+		return ix_deny(EBUSY);
 	return ix_act(call, &call->question->answer, ix_take_fd(&call->question->answer_fd));
 }
 
@@ -344,27 +303,29 @@ static struct ix_reply handle_new(struct ix_call *call, uint64_t flags)
 		return ix_let_kernel_run("no filesystem type of ours");
 	if (call->args[0] && ix_read_string(call->tid, call->args[0], call->text, sizeof(call->text)) < 0)
 		return ix_let_kernel_run("a source that the kernel refuses");
-	if (call->args[0])
-		copy_source(call->text, ask.source);
+	ix_name_source(call->args[0] ? call->text : "none", &ask);
 	call->text[0] = '\0';
-	if (call->args[4] && ix_read_string(call->tid, call->args[4], call->text, sizeof(call->text)) < 0)
+	if (call->args[4] && ix_read_options(call->tid, call->args[4], call->text) < 0)
 		return ix_let_kernel_run("options that the kernel refuses");
-	if (!parse_options(call->text, &ask))
+	if (!ix_parse_options(call->text, &ask))
 		return ix_let_kernel_run("options that the kernel refuses");
 	if (resolve_target(call, true) < 0)
 		return ix_let_kernel_run("a target that does not resolve");
-	if (!S_ISDIR(call->target_stat.mode))
-		return ix_let_kernel_run("no directory: ENOTDIR is the kernel's");
 	ask.mnt_id = call->target_stat.mnt_id;
 	return ask_for_composite(call, &ask);
 }
+
+/* MS_NOUSER is a negative number in the kernel, and in a register of 64 bits refuses all of these. */
+static const uint64_t REFUSED = ~(uint64_t)0x7fffffff;
 
 /* The order in which path_mount() of fs/namespace.c looks at the flags decides what a call means. */
 static struct ix_reply handle_mount(struct ix_call *call)
 {
 	uint64_t flags = call->args[3];
 	if ((flags & MS_MGC_MSK) == MS_MGC_VAL)
-		flags &= ~(uint64_t)MS_MGC_MSK;
+		flags &= ~MS_MGC_MSK;
+	if (flags & REFUSED)
+		return ix_let_kernel_run("flags that the kernel refuses");
 	if ((flags & (MS_REMOUNT | MS_BIND | MS_REC)) == (MS_BIND | MS_REC))
 		return ix_let_kernel_run("recursive binds bring the welds along");
 	if (ix_read_string(call->tid, call->args[1], call->path, sizeof(call->path)) < 0)

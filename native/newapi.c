@@ -130,18 +130,26 @@ static int hold(int tree)
 	return r < 0 ? r : ix_take_fd(&theirs);
 }
 
-/* The tree's own descriptor, no longer held; -ENOENT for a mount that is none of these. */
-static int take_held(uint64_t mnt_id)
+/* The tree's own descriptor, duplicated; -ENOENT for a mount that is none of these. */
+static int find_held(uint64_t mnt_id)
 {
 	int tree = -ENOENT;
 	pthread_mutex_lock(&table_lock);
 	for (int i = 0; i < HELD && tree < 0; i++)
-		if (held[i].tree && held[i].mnt_id == mnt_id) {
+		if (held[i].tree && held[i].mnt_id == mnt_id)
 			tree = fcntl(held[i].tree - 1, F_DUPFD_CLOEXEC, 0);
-			release(&held[i]);
-		}
 	pthread_mutex_unlock(&table_lock);
 	return tree;
+}
+
+/* It is attached now, and needs no holding any more. */
+static void let_go(uint64_t mnt_id)
+{
+	pthread_mutex_lock(&table_lock);
+	for (int i = 0; i < HELD; i++)
+		if (held[i].tree && held[i].mnt_id == mnt_id)
+			release(&held[i]);
+	pthread_mutex_unlock(&table_lock);
 }
 
 /* ---- the calls ------------------------------------------------------------------------------------------------ */
@@ -190,11 +198,16 @@ struct ix_reply ix_handle_fsopen(struct ix_call *call)
 	return reply;
 }
 
+/* FSMOUNT_VALID_FLAGS of fs/namespace.c. */
+enum { FSMOUNT_ATTRS = 0x0f | MOUNT_ATTR__ATIME | MOUNT_ATTR_NODIRATIME | 0x200000 };
+
 struct ix_reply ix_handle_fsmount(struct ix_call *call)
 {
 	unsigned int flags = (unsigned int)call->args[1], attrs = (unsigned int)call->args[2];
 	if (flags & ~(unsigned int)FSMOUNT_CLOEXEC)
 		return ix_let_kernel_run("flags that the kernel refuses");
+	if (attrs & ~(unsigned int)FSMOUNT_ATTRS)
+		return ix_let_kernel_run("attributes that the kernel refuses");
 	cleanup_close int context = fetch_fd(call, (int)call->args[0]);
 	if (context < 0 || !known_context(context))
 		return ix_let_kernel_run("no context of procfs or sysfs");
@@ -259,16 +272,24 @@ struct ix_reply ix_handle_open_tree(struct ix_call *call, bool with_attr)
 	return reply;
 }
 
+static int resolve_to(struct ix_call *call, uint64_t flags)
+{
+	return resolve_at(call, (int)call->args[2], call->args[3], flags & MOVE_MOUNT_T_EMPTY_PATH,
+			  flags & MOVE_MOUNT_T_SYMLINKS);
+}
+
 /* A tree that is held here is attached from here, by the descriptor that keeps it alive. */
 static struct ix_reply attach_held(struct ix_call *call, int tree, uint64_t mnt_id, uint64_t flags)
 {
-	cleanup_close int to = resolve_at(call, (int)call->args[2], call->args[3], flags & MOVE_MOUNT_T_EMPTY_PATH,
-					  flags & MOVE_MOUNT_T_SYMLINKS);
+	cleanup_close int to = resolve_to(call, flags);
 	if (to < 0)
 		return ix_deny(-to);
 	if (!ix_open_mount_namespace(call) || !ix_caller_rules(call, call->mntns))
 		return ix_let_kernel_run("the caller lacks the right: EPERM is the kernel's");
-	return ix_act_attach_held(call, tree, mnt_id, to, flags & MOVE_MOUNT_BENEATH);
+	struct ix_reply reply = ix_act_attach_held(call, tree, mnt_id, to, flags & MOVE_MOUNT_BENEATH);
+	if (reply.outcome == IX_HANDLED && reply.error == 0)
+		let_go(mnt_id);
+	return reply;
 }
 
 struct ix_reply ix_handle_move_mount(struct ix_call *call)
@@ -281,8 +302,14 @@ struct ix_reply ix_handle_move_mount(struct ix_call *call)
 					    flags & MOVE_MOUNT_F_SYMLINKS);
 	if (from < 0 || ix_statx(from, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0 || !st.mount_root)
 		return ix_let_kernel_run("no mount to move: the kernel's errno");
-	cleanup_close int tree = take_held(st.mnt_id);
+	cleanup_close int tree = find_held(st.mnt_id);
 	if (tree >= 0)
 		return attach_held(call, tree, st.mnt_id, flags);
-	return ix_decide(call, IX_OP_MOVE, from, &st, 0);
+	struct ix_reply reply = ix_decide(call, IX_OP_MOVE, from, &st, 0);
+	if (reply.outcome == IX_DENIED) {
+		cleanup_close int to = resolve_to(call, flags);
+		if (to < 0)
+			return ix_let_kernel_run("a target that does not resolve");
+	}
+	return reply;
 }

@@ -278,6 +278,21 @@ static int walk_path(struct walk *w, bool follow)
 	}
 }
 
+/* What stood in for self is a directory of another procfs: good to go on from, but nothing can be mounted there. */
+static int land(struct walk *w)
+{
+	char number[16];
+	if (w->hop < 0 || !same_place(w->at, w->hop))
+		return 0;
+	int pid = own_number(w, "NStgid:");
+	snprintf(number, sizeof(number), "%d", pid);
+	int fd = pid <= 0 ? -ESRCH : ix_result(openat(w->hop_parent, number, O_PATH | O_NOFOLLOW | O_CLOEXEC));
+	if (fd < 0)
+		return fd;
+	step_to(w, fd);
+	return 0;
+}
+
 static int walk_slowly(int proc_fd, int tid, int root, int start, const char *path, bool follow)
 {
 	struct walk w = {.proc_fd = proc_fd, .tid = tid, .root = root, .hop = -1, .hop_parent = -1};
@@ -289,6 +304,8 @@ static int walk_slowly(int proc_fd, int tid, int root, int start, const char *pa
 	if (w.at < 0)
 		return -errno;
 	int r = walk_path(&w, follow);
+	if (r == 0)
+		r = land(&w);
 	ix_close_fd(&w.hop);
 	ix_close_fd(&w.hop_parent);
 	if (r < 0) {

@@ -154,6 +154,15 @@ int ix_weld(const char *place, const char *slot, int welder_fd, int home_fd, int
 	/* A thread that cannot leave again would do all that follows in the wrong place. */
 	if (setns(home_fd, CLONE_NEWNS) < 0)
 		abort();
+	if (tree < 0)
+		return tree;
+	/* Until the tray is taken away it is a slave, and the container would see that. */
+	*step = 4;
+	r = ix_mount_setattr(tree, "", AT_EMPTY_PATH | AT_RECURSIVE, 0, 0, MS_PRIVATE, -1);
+	if (r < 0) {
+		close(tree);
+		return r;
+	}
 	return tree;
 }
 

@@ -58,6 +58,7 @@ class Ask:
     hidepid: int | None
     subset_pid: bool
     gid: int | None
+    sb_flags: int
     source: bytes
     fds: list[OwnedFd]
 
@@ -220,7 +221,8 @@ def _decode(data: bytes, fds: list[OwnedFd]) -> Ask | Ready:
         hidepid=None if record.hidepid < 0 else int(record.hidepid),
         subset_pid=bool(record.subset_pid),
         gid=None if record.gid == 0xFFFFFFFF else int(record.gid),
-        source=source if source.isascii() and all(0x20 < c < 0x7F for c in source) else b"",
+        sb_flags=record.sb_flags,
+        source=source if all(0x20 <= c < 0x7F for c in source) else b"",
         fds=fds,
     )
 

@@ -146,7 +146,7 @@ def put_covers(place: str, covers: Sequence[CoverSource]) -> None:
         raise SyscallError(-result, f"covering of {os.fsdecode(covers[step[0]].path)} at {place}")
 
 
-_WELDING = ("mkdir", "move_mount", "setns", "open_tree")
+_WELDING = ("mkdir", "move_mount", "setns", "open_tree", "mount_setattr")
 
 
 def weld(place: str, slot: str, welder: FdLike, home: FdLike) -> OwnedFd:

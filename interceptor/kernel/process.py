@@ -33,3 +33,16 @@ def chroot_fd(fd: FdLike) -> None:
 def close_range(first: int, last: int = 0xFFFFFFFF) -> None:
     """close_range(2)."""
     checked(lib.ix_close_range(first, last), "close_range", first, last)
+
+
+def host_gid(pid: int, gid: int) -> int:
+    """The host's number of what is group ``gid`` in the user namespace of a process (user_namespaces(7), gid_map).
+
+    One that is not mapped is (gid_t)-1, which is no group's. Raises `OSError`.
+    """
+    with open(f"/proc/{pid}/gid_map") as file:
+        for line in file:
+            first, lower, count = (int(word) for word in line.split())
+            if first <= gid < first + count:
+                return lower + gid - first
+    return 0xFFFFFFFF

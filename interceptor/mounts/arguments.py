@@ -17,6 +17,7 @@ _SUPERBLOCK = (
     (MountFlag.MS_RDONLY, b"ro"),
     (MountFlag.MS_SYNCHRONOUS, b"sync"),
     (MountFlag.MS_DIRSYNC, b"dirsync"),
+    (MountFlag.MS_MANDLOCK, b"mand"),
     (MountFlag.MS_LAZYTIME, b"lazytime"),
 )
 #: Attributes that can be set and cleared one by one, in mount(2) and in fsmount(2) alike.
@@ -33,7 +34,9 @@ class NewMount:
     hidepid: int | None = None
     subset_pid: bool = False
     gid: int | None = None
-    """As the owner of the PID namespace numbers it."""
+    """As the host numbers it."""
+    sb_flags: int = 0
+    """Flags of mount(2) that the superblock gets."""
 
 
 def simple_attributes(flags: int) -> int:
@@ -52,12 +55,12 @@ def atime_attributes(flags: int) -> int:
 
 def options(new: NewMount) -> dict[bytes, bytes | None]:
     """What fsconfig(2) is told."""
-    told: dict[bytes, bytes | None] = {b"source": new.source or new.fstype}
+    told: dict[bytes, bytes | None] = {b"source": new.source}
     if new.hidepid is not None:
         told[b"hidepid"] = b"%d" % new.hidepid
     if new.gid is not None:
         told[b"gid"] = b"%d" % new.gid
     if new.subset_pid:
         told[b"subset"] = b"pid"
-    told.update({name: None for flag, name in _SUPERBLOCK if new.flags & flag})
+    told.update({name: None for flag, name in _SUPERBLOCK if new.sb_flags & flag})
     return told

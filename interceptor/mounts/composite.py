@@ -10,10 +10,17 @@ from dataclasses import dataclass, field
 from interceptor.kernel import mount, stat
 from interceptor.kernel.fd import OwnedFd
 from interceptor.kernel.flags import MOUNT_ATTR__ATIME, MountAttr
-from interceptor.mounts.arguments import NewMount, atime_attributes, options, simple_attributes
+from interceptor.mounts.arguments import (
+    SIMPLE_ATTRIBUTES,
+    NewMount,
+    atime_attributes,
+    options,
+    simple_attributes,
+)
 from interceptor.mounts.managed import Cover, Covered, Plan
 from interceptor.mounts.weld import Bench, Kept, Shelf, Welder
 
+_CLEARABLE = SIMPLE_ATTRIBUTES | MountAttr.MOUNT_ATTR_NODIRATIME
 HARDENED = MountAttr.MOUNT_ATTR_NOSUID | MountAttr.MOUNT_ATTR_NODEV | MountAttr.MOUNT_ATTR_NOEXEC
 #: Bare clones kept of bases that the container made itself; older ones are let go, and their copies then stay whole.
 BARE_MAX = 64
@@ -160,6 +167,7 @@ class Composer:
         They are set after the weld, so that the container can clear again what it asked for itself.
         """
         dev = stat.statx(base).dev
+        # A network namespace has one sysfs, and of that a clone may be kept already: another mount, otherwise named.
         with self.bench.holding(base) as place:
             material.keep_bare(dev, mount.clone_mount(mount.AT_FDCWD, place))
             welded = self._finish(place, b"", fstype, material, material.plan.of(fstype))
@@ -177,7 +185,9 @@ class Composer:
         if bare is None:
             return None
         tree = bare.clone(inside)
-        mount.mount_setattr(tree, set_=base.attributes, clear=MOUNT_ATTR__ATIME)
+        # The clone that is kept may be of another mount of the same superblock.
+        others = MOUNT_ATTR__ATIME | (_CLEARABLE & ~base.attributes)
+        mount.mount_setattr(tree, set_=base.attributes, clear=others)
         covers = [
             Covered(c.path, Cover.SHIELD, c.readonly) if c.path in shielded else c
             for c in material.plan.of(base.fstype)

@@ -19,7 +19,7 @@ from threading import Event, Thread
 from interceptor.errors import InterceptorError, SyscallError
 from interceptor.kernel import mount, stat
 from interceptor.kernel.fd import OwnedFd
-from interceptor.kernel.flags import UmountFlag
+from interceptor.kernel.flags import MountFlag, UmountFlag
 from interceptor.kernel.namespaces import become_visitor, visiting
 from interceptor.observe.log import get_logger
 
@@ -130,7 +130,10 @@ class Welder:
                 os.close(os.open(slot, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             mount.attach(tree, mount.AT_FDCWD, slot)
         with visiting(self._namespace, self._home):
-            return mount.clone_mount(mount.AT_FDCWD, slot, recursive=True)
+            welded = mount.clone_mount(mount.AT_FDCWD, slot, recursive=True)
+        # Until the tray is taken away it is a slave, and the container would see that.
+        mount.mount_setattr(welded, propagation=MountFlag.MS_PRIVATE, recursive=True)
+        return welded
 
     def weld_at(self, place: str) -> OwnedFd:
         """A welded clone of the directory tree that stands at ``place``, which is used up. Raises `SyscallError`."""

@@ -54,12 +54,15 @@ class GuardedChild:
     directory of its config.json.
     """
 
-    def __init__(self, cid: str, agent: Agent | None, user_namespace: bool, wait_killable: bool) -> None:
+    def __init__(
+        self, cid: str, agent: Agent | None, user_namespace: bool, wait_killable: bool, trapped: bool = True
+    ) -> None:
         self.cid = cid
         self.bundle = Path(tempfile.mkdtemp(prefix=f"interceptor-{cid}-"))
         self.user_namespace = user_namespace
         self._agent = agent
         self._wait_killable = wait_killable
+        self._trapped = trapped
         self._first: Process | None = None
         self._others: list[Process] = []
         self._created = False
@@ -190,8 +193,8 @@ class GuardedChild:
         }
 
     def filter(self) -> child.Filter | None:
-        """What its processes are put under; nothing where no agent would answer."""
-        if self._agent is None:
+        """What its processes are put under; nothing where no agent would answer, or none is wanted."""
+        if self._agent is None or not self._trapped:
             return None
         return child.Filter(seccomp.program(), self._wait_killable)
 

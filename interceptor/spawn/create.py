@@ -47,6 +47,8 @@ class SpawnOptions(JobOptions, total=False):
     cid: str
     #: False: any signal interrupts a trapped call, as with kernels before 5.19. For tests.
     wait_killable: bool
+    #: False: welded, but no call is trapped: what the kernel alone answers in such a container. For tests.
+    trapped: bool
 
 
 def spawn(
@@ -58,6 +60,7 @@ def spawn(
         agent,
         user_namespace=options.get("user_namespace", True),
         wait_killable=options.get("wait_killable", True),
+        trapped=options.get("trapped", True),
     )
     outputs = None
     try:
