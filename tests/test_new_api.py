@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import struct
 
 import pytest
 
@@ -114,6 +116,38 @@ def test_a_clone_that_is_not_recursive_brings_its_welded_submounts(
         tree.close()
         mount.umount2(PLACE)
         assert below(PLACE) == []
+
+    real_guarded.call(inside)
+
+
+def open_tree_attr(path: bytes, flags: int, set_: int = 0, clear: int = 0) -> int:
+    """open_tree_attr(2), 467 on every architecture: a descriptor, or a negative errno."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    attributes = struct.pack("=4Q", set_, clear, 0, 0)
+    arguments = (ctypes.c_int(-100), path, ctypes.c_uint(flags), attributes, ctypes.c_size_t(len(attributes)))
+    result = int(libc.syscall(ctypes.c_long(467), *arguments))
+    return result if result >= 0 else -ctypes.get_errno()
+
+
+@pytest.mark.parametrize("source", [b"/proc", b"/sys", b"/sys/devices"])
+def test_open_tree_attr_brings_the_submounts_with_the_attributes(
+    real_guarded: GuardedChild, source: bytes
+) -> None:
+    def inside() -> None:
+        number = open_tree_attr(source, 1 | os.O_CLOEXEC, MountAttr.MOUNT_ATTR_RDONLY)
+        assert number > 0, os.strerror(-number)
+        assert not os.get_inheritable(number)
+        mount.move_mount(number, b"", mount.AT_FDCWD, place(), 4)
+        os.close(number)
+        assert raw_below(PLACE) == []
+        assert len(below(PLACE)) > 1
+        found = stat.statmount(stat.statx(mount.AT_FDCWD, PLACE).mnt_id)
+        assert found.attributes & MountAttr.MOUNT_ATTR_RDONLY
+        mount.umount2(PLACE)
+        # Attributes that are locked stay, whoever asks; a size too small and a mask that makes no sense are refused.
+        cleared = open_tree_attr(b"/proc", 1, clear=MountAttr.MOUNT_ATTR_NOEXEC)
+        assert cleared == -errno.EPERM, cleared
+        assert open_tree_attr(b"/proc", 1, set_=1 << 30) == -errno.EINVAL
 
     real_guarded.call(inside)
 

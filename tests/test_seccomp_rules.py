@@ -40,7 +40,7 @@ ARCHES = [
 ]
 
 #: The same on every architecture.
-NEW_API = {"open_tree": 428, "move_mount": 429, "fsopen": 430, "fsmount": 432}
+NEW_API = {"open_tree": 428, "move_mount": 429, "fsopen": 430, "fsmount": 432, "open_tree_attr": 467}
 MS_RDONLY, MS_NOSUID, MS_REMOUNT, MS_BIND, MS_MOVE, MS_REC = 1, 2, 0x20, 0x1000, 0x2000, 0x4000
 MS_UNBINDABLE, MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 17, 1 << 18, 1 << 19, 1 << 20
 MGC = 0xC0ED0000
@@ -166,7 +166,8 @@ def test_of_the_new_api_only_what_makes_or_moves_a_mount_notifies(
         clone: NOTIFY,
         clone | cloexec | 0x1000: NOTIFY,
     }.items():
-        assert run(program, arch, base + NEW_API["open_tree"], (0, 0, flags)) == answer, hex(flags)
+        for name in ("open_tree", "open_tree_attr"):
+            assert run(program, arch, base + NEW_API[name], (0, 0, flags)) == answer, (name, hex(flags))
 
 
 @pytest.mark.parametrize("machine", TABLES)
@@ -188,7 +189,7 @@ def test_fragment_says_the_same_as_the_program() -> None:
     syscalls = fragment["syscalls"]
     assert isinstance(syscalls, list)
     old = {("mount",), ("umount",), ("umount2",)}
-    new = {("fsopen",), ("fsmount",), ("move_mount",), ("open_tree",)}
+    new = {("fsopen",), ("fsmount",), ("move_mount",), ("open_tree",), ("open_tree_attr",)}
     assert {tuple(entry["names"]) for entry in syscalls} == old | new
     assert {entry["action"] for entry in syscalls} == {"SCMP_ACT_NOTIFY"}
     masks = {(a["index"], a["value"], a["valueTwo"]) for e in syscalls for a in e.get("args", [])}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+import struct
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -43,7 +44,11 @@ class Rule(NamedTuple):
 
     syscall: str
     match: Match | None = None
+    #: Of a call that libseccomp before 2.6 cannot name: its number, the same on every architecture (since Linux 5.0).
+    number: int | None = None
 
+
+_PLAIN_CLONE = Match(_OPEN_TREE_FLAGS, OPEN_TREE_CLONE | AT_RECURSIVE, OPEN_TREE_CLONE)
 
 RULES: tuple[Rule, ...] = (
     Rule("umount2"),
@@ -61,7 +66,10 @@ RULES: tuple[Rule, ...] = (
     Rule("fsopen"),
     Rule("fsmount"),
     Rule("move_mount"),
-    Rule("open_tree", Match(_OPEN_TREE_FLAGS, OPEN_TREE_CLONE | AT_RECURSIVE, OPEN_TREE_CLONE)),
+    Rule("open_tree", _PLAIN_CLONE),
+    # 6.15+. A runtime passes over a name that its libseccomp does not know: the call is then the kernel's, which refuses
+    # a clone of this kind where covers are below.
+    Rule("open_tree_attr", _PLAIN_CLONE, number=467),
 )
 
 #: By ``uname -m``, the architectures whose calls such a kernel takes from a process; its own one first.
@@ -120,6 +128,8 @@ def program(machine: str | None = None) -> bytes:
     if pyseccomp.system_arch() not in wanted:
         rules.remove_arch(pyseccomp.Arch.NATIVE)
     for rule in RULES:
+        if rule.number is not None:
+            continue
         arguments = []
         if rule.match is not None:
             index, mask, value = rule.match
@@ -129,4 +139,29 @@ def program(machine: str | None = None) -> bytes:
     with open(os.memfd_create("seccomp"), "w+b") as file:
         rules.export_bpf(file)
         file.seek(0)
-        return file.read()
+        compiled = file.read()
+    return b"".join(_by_number(rule) for rule in RULES if rule.number is not None) + compiled
+
+
+# linux/bpf_common.h, linux/seccomp.h.
+_LD_W_ABS, _ALU_AND_K, _JEQ_K, _RET_K = 0x20, 0x54, 0x15, 0x06
+_NR, _ARGUMENTS = 0, 16
+_RET_USER_NOTIF = 0x7FC00000
+_X32_SYSCALL_BIT = 0x40000000
+
+
+def _by_number(rule: Rule) -> bytes:
+    """BPF that notifies for a rule, on whatever architecture, and else goes on with what comes after it."""
+    number, match = rule.number, rule.match
+    # Its flags are an int: the lower half of the argument is all of it, the first half on these machines.
+    assert number is not None and match is not None and match.mask < 1 << 32
+    code = (
+        (_LD_W_ABS, 0, 0, _NR),
+        (_ALU_AND_K, 0, 0, 0xFFFFFFFF ^ _X32_SYSCALL_BIT),
+        (_JEQ_K, 0, 4, number),
+        (_LD_W_ABS, 0, 0, _ARGUMENTS + 8 * match.argument),
+        (_ALU_AND_K, 0, 0, match.mask),
+        (_JEQ_K, 0, 1, match.value),
+        (_RET_K, 0, 0, _RET_USER_NOTIF),
+    )
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
