@@ -14,6 +14,7 @@ from collections import OrderedDict
 from typing import Any
 
 from interceptor.config import Config
+from interceptor.containers.prepared import Preparations
 from interceptor.containers.registry import Container, Registry, baseline_of, to_record
 from interceptor.containers.setup import Builder, Site
 from interceptor.containers.spec import Bundle, host_id_of_root, read_bundle
@@ -41,8 +42,9 @@ _VIEW_PATHS = [(b"proc", p) for p in VIEW_PROC] + [(b"sysfs", p) for p in VIEW_S
 class Lifecycle:
     """All containers of this daemon."""
 
-    def __init__(self, config: Config, keeper: Keeper, registry: Registry) -> None:
+    def __init__(self, config: Config, keeper: Keeper, registry: Registry, prepared: Preparations) -> None:
         self._config = config
+        self._prepared = prepared
         self._keeper = keeper
         self._registry = registry
         self._loop = asyncio.get_running_loop()
@@ -67,7 +69,7 @@ class Lifecycle:
             raise ContainerError(
                 f"container {state.id} has no process yet", "use createRuntime, not prestart"
             )
-        self._set_up(state, read_bundle(state.bundle), late=False)
+        self._set_up(state, self._prepared.bundle(state.id) or read_bundle(state.bundle), late=False)
 
     def _set_up(self, state: State, bundle: Bundle, late: bool) -> Container:
         started = time.monotonic_ns()

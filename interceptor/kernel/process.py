@@ -33,3 +33,13 @@ def chroot_fd(fd: FdLike) -> None:
 def close_range(first: int, last: int = 0xFFFFFFFF) -> None:
     """close_range(2)."""
     checked(lib.ix_close_range(first, last), "close_range", first, last)
+
+
+def start_time(pid: int) -> int | None:
+    """Field 22 of ``/proc/PID/stat``; None if there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            text = file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(text.rpartition(")")[2].split()[19])
