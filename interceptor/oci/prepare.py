@@ -14,6 +14,7 @@ from typing import Any
 
 from interceptor.errors import ContainerError, InterceptorError
 from interceptor.idshift.choose import Found, choose, needs_mapping
+from interceptor.idshift.coherence import DISK, MANAGER
 from interceptor.idshift.idmapped import Mapper, user_namespace
 from interceptor.idshift.overlay import MountLine, mount_of, parse_layers, parse_mountinfo
 from interceptor.idshift.subid import Block
@@ -271,10 +272,21 @@ class _Mapping:
         except (InterceptorError, OSError) as error:
             return replace(found, mapping_fails=str(error)), None
 
+    def _leave(self, path: str, name: str) -> None:
+        """For the daemon: see `interceptor.idshift.coherence`."""
+        place = f"{self._job.answer['stage']}/{name}"
+        os.mkdir(place, 0o700)
+        with mount.clone_mount(mount.AT_FDCWD, path) as tree:
+            mount.attach(tree, mount.AT_FDCWD, place)
+
     def _from_overlay(self, found: Found, line: MountLine, work: str) -> OwnedFd:
         layers = parse_layers(line, os.path.lexists)
         if found.root and found.path == line.point:
-            return self._mapper.overlay(layers, work)
+            tree = self._mapper.overlay(layers, work)
+            if layers.upper is not None:
+                self._leave(found.path, MANAGER)
+                self._leave(os.path.dirname(os.path.realpath(layers.upper)), DISK)
+            return tree
         place = self._overlays.get(line.mnt_id)
         if place is None:
             place = f"{self._job.answer['stage']}/layers/m{line.mnt_id}"
