@@ -198,7 +198,36 @@ def _map(job: Job, new: dict[str, Any], uids: Block, gids: Block) -> dict[str, A
             if {"bind", "rbind"} & set(options) or entry.get("type") == "bind":
                 decision = mapping.bind(entry, f"{stage}/binds/{number}")
                 decisions.append({"path": entry["destination"], **decision})
+        _devices(new, f"{stage}/devices", uids, gids)
     return {"decisions": decisions, "scratch": mapping.scratch}
+
+
+def _devices(new: dict[str, Any], place: str, uids: Block, gids: Block) -> None:
+    """Device nodes of the configuration as nodes of our own, owned inside: runtimes would bind the host's, which belong
+    to nobody there, and devtmpfs cannot be mapped. What may be opened is still the device cgroup's affair."""
+    devices = new["linux"].get("devices") or []
+    if not devices:
+        return
+    os.mkdir(place, 0o755)
+    mount.mount(b"interceptor", place, b"tmpfs", MountFlag.MS_NOSUID | MountFlag.MS_NOEXEC, b"mode=0755")
+    kinds = {"c": stat.S_IFCHR, "u": stat.S_IFCHR, "b": stat.S_IFBLK}
+    left = []
+    for number, device in enumerate(devices):
+        if device.get("type") not in kinds:
+            left.append(device)
+            continue
+        node = f"{place}/{number}"
+        mode = int(device.get("fileMode") or 0o666) & 0o777
+        os.mknod(node, kinds[device["type"]] | mode, os.makedev(int(device["major"]), int(device["minor"])))
+        os.chmod(node, mode)
+        owner, group = int(device.get("uid") or 0), int(device.get("gid") or 0)
+        os.chown(
+            node, uids.first + min(owner, uids.size - 1), gids.first + min(group, gids.size - 1)
+        )
+        new["mounts"].append(
+            {"type": "bind", "source": node, "destination": device["path"], "options": ["bind", "rw"]}
+        )
+    new["linux"]["devices"] = left
 
 
 class _Mapping:

@@ -184,8 +184,11 @@ def _user_namespace(linux: Json, host: Host) -> None:
 
 def _mounts(spec: Json, settings: Settings, host: Host) -> None:
     mounts = [_writable(m) for m in spec.get("mounts") or []]
-    own_network = namespaces(spec).get("network") == ""
-    mounts = [_sys(m, own_network) for m in mounts]
+    found = namespaces(spec)
+    mounts = [_sys(m, found.get("network") == "") for m in mounts]
+    if found.get("ipc") != "":
+        # The queues of another IPC namespace cannot be mounted from this user namespace.
+        mounts = [m for m in mounts if m.get("type") != "mqueue"]
     if host.cgroup2 is not None:
         mounts = _cgroup2(mounts, host.cgroup2)
     taken = {normpath(str(m.get("destination"))) for m in mounts}
