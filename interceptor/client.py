@@ -6,7 +6,7 @@ import json
 import socket
 from time import monotonic
 
-from interceptor.errors import InterceptorError, ProtocolError
+from interceptor.errors import InterceptorError, NoDaemon, ProtocolError
 
 #: One message, request or reply, with its newline, in bytes.
 MESSAGE_MAX = 1 << 20
@@ -32,7 +32,7 @@ def request(path: str, message: dict[str, object], timeout: float) -> object:
                 "look at its log: journalctl -u interceptor",
             ) from None
         except (FileNotFoundError, ConnectionRefusedError):
-            raise InterceptorError(
+            raise NoDaemon(
                 f"{path}: no daemon listens there",
                 "start it: systemctl start interceptor, or: interceptor serve",
             ) from None

@@ -28,6 +28,9 @@ _LONGEST_SOCKET = "seccomp.sock"
 
 LogFormat = Literal["auto", "console", "json", "journald"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+OwnershipStrategy = Literal["idmapped", "clone"]
+Privileged = Literal["refuse", "system"]
+AppArmor = Literal["relax", "keep"]
 GuardMode = Literal["real", "continue", "random"]
 
 # Types of keys. The description completes "allowed: ".
@@ -59,6 +62,24 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     #: How long a container that its hook has set up may be without a listener before the log says so.
     registered_timeout: Annotated[float, Meta(ge=1, le=3600, description="seconds, 1 to 3600")] = 60.0
 
+    #: The stock OCI runtime that interceptor-runc becomes.
+    runtime: Annotated[str, Meta(min_length=1, description="a program's name or path")] = "runc"
+    #: Whose ranges of the files of subuid(5) containers get, each `id_count` IDs.
+    id_user: Annotated[str, Meta(min_length=1, description="a user's name")] = "interceptor"
+    id_count: Annotated[int, Meta(ge=1000, le=2**24, description="1000 to 16777216")] = 65536
+    subuid: _Directory = "/etc/subuid"
+    subgid: _Directory = "/etc/subgid"
+    #: What may be used to give files to the container's IDs (`interceptor.idshift.choose`).
+    ownership_strategies: Annotated[
+        tuple[OwnershipStrategy, ...], Meta(min_length=1, description='a list of "idmapped", "clone"')
+    ] = ("idmapped", "clone")
+    #: Keep the manager's capability sets.
+    honor_caps: _Flag = False
+    #: What becomes of privileged containers.
+    privileged: Annotated[Privileged, Meta(description='"refuse", "system"')] = "refuse"
+    #: Whether managers' AppArmor profiles that refuse every mount are replaced by ``unconfined``.
+    apparmor: Annotated[AppArmor, Meta(description='"relax", "keep"')] = "relax"
+
     #: Guards that do not decide, but answer CONTINUE to everything or at random: see `TESTING_VARIABLE`.
     guard_mode: Annotated[
         GuardMode, Meta(description=f'"real"; in tests, with {TESTING_VARIABLE}=1 set, "continue", "random"')
@@ -73,6 +94,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def seccomp_socket(self) -> str:
         """The OCI seccomp agent socket: ``linux.seccomp.listenerPath`` of a bundle."""
         return os.path.join(self.runtime_dir, "seccomp.sock")
+
+    @property
+    def stage(self) -> str:
+        """Where a container's root filesystem and mounts are put together, in mount namespaces of `interceptor-runc`."""
+        return os.path.join(self.runtime_dir, "stage")
 
     @property
     def keeper_socket(self) -> str:

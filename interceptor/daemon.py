@@ -13,6 +13,7 @@ import signal
 import msgspec
 
 from interceptor.config import Config
+from interceptor.containers.prepared import Preparations
 from interceptor.containers.registry import Registry
 from interceptor.control import start_control_server
 from interceptor.errors import InterceptorError, ProtocolError
@@ -32,7 +33,9 @@ from interceptor.sockets import RootServer
 
 def serve(config: Config) -> int:
     """Runs until SIGTERM or SIGINT; returns the exit status. Raises `InterceptorError` if it cannot start."""
-    os.makedirs(config.runtime_dir, 0o700, exist_ok=True)
+    os.makedirs(config.runtime_dir, 0o711, exist_ok=True)
+    # Containers' roots have to find their root filesystems below it; everything else in it is for root only.
+    os.chmod(config.runtime_dir, 0o711)
     os.makedirs(config.state_dir, 0o700, exist_ok=True)
     keeper, fresh = keepers.connect(config)
     # The workshop is the keeper's mount namespace; a successor joins the same one.
@@ -49,6 +52,7 @@ class Daemon:
         self._fresh = fresh
         self._registry = Registry()
         self._log = get_logger()
+        self._prepared = Preparations(config)
         self._lifecycle: Lifecycle | None = None
 
     async def run(self) -> int:
@@ -56,9 +60,10 @@ class Daemon:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        self._lifecycle = Lifecycle(self._config, self._keeper, self._registry)
+        self._lifecycle = Lifecycle(self._config, self._keeper, self._registry, self._prepared)
         if not self._fresh:
             self._lifecycle.adopt_all()
+        self._prepared.reclaim()
         servers: list[RootServer] = []
         try:
             servers.append(await start_control_server(self._config.control_socket, self.control))
@@ -106,6 +111,17 @@ class Daemon:
             return {}
         if op == "poststop":
             self._life.remove(_state(request).id, "poststop")
+            self._prepared.release(_state(request).id)
+            return {}
+        if op == "prepare":
+            return await self._prepared.prepare(request)
+        if op == "ownership":
+            return self._prepared.ownership(request)
+        if op == "explain":
+            return self._prepared.explain(_text(request, "id"))
+        if op == "release":
+            self._life.remove(_text(request, "id"), "released")
+            self._prepared.release(_text(request, "id"))
             return {}
         if op == "ps":
             return self._life.containers()

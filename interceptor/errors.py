@@ -41,6 +41,10 @@ class SyscallError(InterceptorError, OSError):
         return type(self), (self.errno, self.call)
 
 
+class NoDaemon(InterceptorError):
+    """Nobody listens at the control socket."""
+
+
 class ConfigError(InterceptorError):
     """The configuration cannot be used; the message names the file, the key and what is allowed."""
 

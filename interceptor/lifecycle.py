@@ -14,6 +14,7 @@ from collections import OrderedDict
 from typing import Any
 
 from interceptor.config import Config
+from interceptor.containers.prepared import Preparations
 from interceptor.containers.registry import Container, Registry, baseline_of, to_record
 from interceptor.containers.setup import Builder, Site
 from interceptor.containers.spec import Bundle, host_id_of_root, read_bundle
@@ -22,9 +23,10 @@ from interceptor.guards.journal import Journal
 from interceptor.guards.keeper import Forked, Keeper
 from interceptor.guards.link import Answer, Ask, Facts, adopt
 from interceptor.guards.supervise import HangUps, Supervisor
+from interceptor.idshift.coherence import Coherence, Pair, open_pair
 from interceptor.kernel import mount, stat
 from interceptor.kernel.fd import OwnedFd
-from interceptor.kernel.namespaces import open_namespace
+from interceptor.kernel.namespaces import open_namespace, visiting
 from interceptor.kernel.process import pidfd_open
 from interceptor.mounts.composite import HARDENED, Composer, Material, Shields
 from interceptor.mounts.lineage import Baseline
@@ -42,8 +44,9 @@ _VIEW_PATHS = [(b"proc", p) for p in VIEW_PROC] + [(b"sysfs", p) for p in VIEW_S
 class Lifecycle:
     """All containers of this daemon."""
 
-    def __init__(self, config: Config, keeper: Keeper, registry: Registry) -> None:
+    def __init__(self, config: Config, keeper: Keeper, registry: Registry, prepared: Preparations) -> None:
         self._config = config
+        self._prepared = prepared
         self._keeper = keeper
         self._registry = registry
         self._loop = asyncio.get_running_loop()
@@ -61,6 +64,7 @@ class Lifecycle:
         self._supervisors: dict[str, Supervisor] = {}
         self._awaited: dict[str, asyncio.TimerHandle] = {}
         """Containers without a listener so far, by ID."""
+        self._coherence = Coherence(self._loop)
 
     # ---- creation ----------------------------------------------------------------------------------------------
 
@@ -72,7 +76,33 @@ class Lifecycle:
             raise ContainerError(
                 f"container {state.id} has no process yet", "use createRuntime, not prestart"
             )
-        self._set_up(state, read_bundle(state.bundle), late=False)
+        prepared = self._prepared.bundle(state.id)
+        pair = None if prepared is None else self._overlays(state)
+        try:
+            self._set_up(state, prepared or read_bundle(state.bundle), late=False)
+        except BaseException:
+            if pair is not None:
+                pair.close()
+            raise
+        if pair is not None:
+            fds = [pair.manager.fileno(), pair.mapped.fileno(), pair.disk.fileno()]
+            self._keeper.store(f"o/{state.id}", {}, fds)
+            self._keep_in_step(state.id, pair)
+
+    def _overlays(self, state: State) -> Pair | None:
+        """The manager's overlay and the mapped one, as the wrapper left them in the container's mount namespace."""
+        with open_namespace(state.pid, "mnt") as namespace, visiting(namespace, self._keeper.namespace):
+            return open_pair(self._config.stage)
+
+    def _keep_in_step(self, cid: str, pair: Pair) -> None:
+        try:
+            self._coherence.add(cid, pair)
+        except OSError as error:
+            self._log.warning(
+                "changes are not heard: docker cp and the like may see what was before",
+                container=cid,
+                error=str(error),
+            )
 
     def _set_up(self, state: State, bundle: Bundle, late: bool) -> Container:
         started = time.monotonic_ns()
@@ -374,6 +404,10 @@ class Lifecycle:
                     self._adopt(*self._keeper.fetch(key))
                 except (InterceptorError, OSError, KeyError, ValueError) as error:
                     self._log.error("a container could not be taken over", key=key, error=repr(error))
+        for key in self._keeper.keys:
+            if key.startswith("o/") and self._registry.get(key[2:]) is not None:
+                _, fds = self._keeper.fetch(key)
+                self._keep_in_step(key[2:], Pair(*fds))
         # What ended while no daemon was there left its material behind.
         shelves = os.path.join(self._keeper.workshop_root, "shelf")
         for name in os.listdir(shelves):
@@ -443,6 +477,8 @@ class Lifecycle:
         self._supervisors.pop(cid).stop()
         if container.envoy_pidfd is not None:
             self._end_envoy(cid, container.envoy_pidfd)
+        self._coherence.remove(cid)
+        self._keeper.forget(f"o/{cid}")
         self._keeper.forget(f"c/{cid}")
         self._keeper.forget(f"l/{cid}/")
         container.close()
@@ -453,6 +489,7 @@ class Lifecycle:
         for supervisor in self._supervisors.values():
             supervisor.let_go()
         self._janitor.close()
+        self._coherence.close()
         if not len(self._registry):
             self._keeper.quit()
 

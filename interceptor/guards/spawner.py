@@ -191,8 +191,9 @@ class Keeper:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         self._close(key)
-        for listener in [k for k in self.store if k.startswith("l/" + key[2:] + "/")]:
-            self._close(listener)
+        # Its listeners, and its overlays, which would stay mounted.
+        for other in [k for k in self.store if k == "o/" + key[2:] or k.startswith("l/" + key[2:] + "/")]:
+            self._close(other)
         self._end_if_idle()
 
     def _end_if_idle(self) -> None:

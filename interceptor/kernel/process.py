@@ -46,3 +46,13 @@ def host_gid(pid: int, gid: int) -> int:
             if first <= gid < first + count:
                 return lower + gid - first
     return 0xFFFFFFFF
+
+
+def start_time(pid: int) -> int | None:
+    """Field 22 of ``/proc/PID/stat``; None if there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            text = file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(text.rpartition(")")[2].split()[19])

@@ -11,7 +11,7 @@ import json
 import sys
 
 from interceptor.client import request
-from interceptor.errors import InterceptorError
+from interceptor.errors import InterceptorError, NoDaemon
 
 #: The control operation for each hook of the OCI runtime specification that we serve.
 OPERATIONS = {"createRuntime": "create", "poststop": "poststop"}
@@ -27,6 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
         state = read_state(sys.stdin.buffer.read(STATE_MAX + 1))
         request(options.socket, {"op": OPERATIONS[options.hook], "state": state}, options.timeout)
     except InterceptorError as error:
+        if options.daemon_may_be_away and isinstance(error, NoDaemon):
+            return 0
         hint = f" ({error.hint})" if error.hint else ""
         print(f"interceptor-hook {options.hook}: {error}{hint}", file=sys.stderr)
         return 1
@@ -61,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--socket", default=DEFAULT_SOCKET, help="the daemon's control socket (%(default)s)")
     parser.add_argument(
         "--timeout", type=float, default=30.0, help="seconds to wait for the daemon's answer (%(default)g)"
+    )
+    parser.add_argument(
+        "--daemon-may-be-away",
+        action="store_true",
+        help="exit with status 0 where no daemon listens: the next one finds out by itself",
     )
     return parser
 

@@ -1,0 +1,170 @@
+"""Two overlays over the same layers, each told when the other has changed something.
+
+The manager's own overlay stays mounted where it was: `docker cp`, `docker export` and `docker exec --user` go there. The
+container writes through the mapped one. Contents are the same files, but each overlay remembers names and which layer
+they came from. So what the kernel remembers of one is dropped after the other was worked with: shrink_dcache_sb(), which
+a reconfiguration that changes nothing calls (reconfigure_super() of fs/super.c).
+
+* The container's changes are heard on the filesystem that has the upper directory (overlays have no such events). What
+  the manager's overlay remembers is dropped at the first, and then at most once in `PAUSE` while there are more.
+* The manager's work in its overlay is heard there, which is rare; then the container's is dropped.
+
+Nobody is woken while nothing is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from interceptor.errors import SyscallError
+from interceptor.kernel.fanotify import Watched, watch_filesystem
+from interceptor.kernel.fd import OwnedFd
+from interceptor.kernel.mount import reconfigure
+
+#: Where the wrapper leaves them in its stage: the manager's overlay, and the directory that has the upper one.
+MANAGER, DISK = "manager", "disk"
+
+#: Seconds for which a filesystem in use is not listened to.
+PAUSE = 0.2
+
+
+class Loop(Protocol):
+    """What is used of an event loop."""
+
+    def add_reader(self, fd: int, callback: Callable[[], object]) -> None:
+        """Calls back when the descriptor is readable."""
+
+    def remove_reader(self, fd: int) -> bool:
+        """Stops that."""
+
+    def call_later(self, delay: float, callback: Callable[[], object]) -> Any:
+        """Calls back later; the result has ``cancel``."""
+
+
+@dataclass
+class Pair:
+    """The manager's overlay, the mapped one, and a directory of the filesystem that has the upper directory."""
+
+    manager: OwnedFd
+    mapped: OwnedFd
+    disk: OwnedFd
+
+    def close(self) -> None:
+        """Lets go of both."""
+        for fd in (self.manager, self.mapped, self.disk):
+            fd.close()
+
+
+def open_pair(stage: str) -> Pair | None:
+    """The two overlays of the container in whose mount namespace the calling thread is, before its pivot_root; None
+    where there is only one."""
+    try:
+        manager = OwnedFd(os.open(f"{stage}/{MANAGER}", os.O_PATH | os.O_CLOEXEC | os.O_DIRECTORY))
+    except FileNotFoundError:
+        return None
+    mapped = OwnedFd(os.open(f"{stage}/rootfs", os.O_PATH | os.O_CLOEXEC | os.O_DIRECTORY))
+    return Pair(
+        manager, mapped, OwnedFd(os.open(f"{stage}/{DISK}", os.O_PATH | os.O_CLOEXEC | os.O_DIRECTORY))
+    )
+
+
+class Coherence:
+    """All pairs of this daemon."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._pairs: dict[str, Pair] = {}
+        self._uses: dict[str, _Watch] = {}
+        self._disks: dict[int, _Watch] = {}
+
+    def add(self, cid: str, pair: Pair) -> None:
+        """Keeps the two overlays of a container in step; owns the descriptors. Raises `SyscallError`, `OSError`."""
+        self._pairs[cid] = pair
+        forget(pair.manager)
+        self._uses[cid] = _Watch(self._loop, pair.manager, Watched.USE, lambda: self._used(cid))
+        device = _device(pair)
+        if device not in self._disks:
+            self._disks[device] = _Watch(
+                self._loop, pair.disk.dup(), Watched.NAMES, lambda: self._changed(device)
+            )
+
+    def remove(self, cid: str) -> None:
+        """The container has ended."""
+        pair = self._pairs.pop(cid, None)
+        if pair is None:
+            return
+        self._uses.pop(cid).close()
+        device = _device(pair)
+        pair.close()
+        if device not in map(_device, self._pairs.values()):
+            watch = self._disks.pop(device)
+            watch.close()
+            watch.root.close()
+
+    def close(self) -> None:
+        """Lets go of everything."""
+        for cid in list(self._pairs):
+            self.remove(cid)
+
+    def _used(self, cid: str) -> None:
+        pair = self._pairs[cid]
+        forget(pair.mapped)
+        forget(pair.manager)
+
+    def _changed(self, device: int) -> None:
+        for pair in self._pairs.values():
+            if _device(pair) == device:
+                forget(pair.manager)
+
+
+@dataclass
+class _Watch:
+    """Acts on the first event, pauses, acts again for what happened meanwhile, and listens anew."""
+
+    loop: Loop
+    root: OwnedFd
+    what: Watched
+    act: Callable[[], None]
+    group: OwnedFd | None = None
+    timer: Any = field(default=None)
+
+    def __post_init__(self) -> None:
+        self.listen()
+
+    def listen(self) -> None:
+        self.timer = None
+        self.group = watch_filesystem(self.root, self.what)
+        self.loop.add_reader(self.group.fileno(), self._heard)
+
+    def close(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+        if self.group is not None:
+            self.loop.remove_reader(self.group.fileno())
+            self.group.close()
+            self.group = None
+
+    def _heard(self) -> None:
+        self.close()
+        self.act()
+        self.timer = self.loop.call_later(PAUSE, self._again)
+
+    def _again(self) -> None:
+        # Listening first: what happens from here on is heard.
+        self.listen()
+        self.act()
+
+
+def forget(root: OwnedFd) -> None:
+    """Drops what the kernel remembers of names in a filesystem, given the root of one of its mounts."""
+    # EBUSY and the like: frozen, or being taken down, with nothing to keep in step.
+    with contextlib.suppress(SyscallError):
+        reconfigure(root, {})
+
+
+def _device(pair: Pair) -> int:
+    return os.fstat(pair.disk.fileno()).st_dev

@@ -1,0 +1,327 @@
+"""``create`` and ``run``: a private copy of the configuration, and mounts that only this container is made from.
+
+Everything is mounted in a mount namespace of the calling process's own, which the stock runtime then takes over by
+execve(2) and the container's copy of it outlives. Whoever is killed in between, nothing stays mounted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from dataclasses import dataclass, replace
+from typing import Any
+
+from interceptor.errors import ContainerError, InterceptorError
+from interceptor.idshift.choose import Found, choose, needs_mapping
+from interceptor.idshift.coherence import DISK, MANAGER
+from interceptor.idshift.idmapped import Mapper, user_namespace
+from interceptor.idshift.overlay import MountLine, mount_of, parse_layers, parse_mountinfo
+from interceptor.idshift.subid import Block
+from interceptor.kernel import mount
+from interceptor.kernel.fd import OwnedFd
+from interceptor.kernel.flags import CLONE_NEWNS, MountFlag
+from interceptor.kernel.namespaces import unshare
+from interceptor.kernel.process import start_time
+from interceptor.oci import rewrite as pure
+from interceptor.oci.capabilities import CAPABILITIES
+from interceptor.oci.commandline import CommandLine
+from interceptor.oci.runtime import Local, release
+from interceptor.oci.settings import Settings, read_settings
+
+#: Beside the manager's own work directory.
+WORK = "interceptor-work"
+
+
+@dataclass
+class Job:
+    """One container on its way to the runtime."""
+
+    local: Local
+    cid: str
+    bundle: str
+    spec: dict[str, Any]
+    settings: Settings
+    root: str
+    """The manager's root filesystem."""
+    answer: dict[str, Any]
+    """The daemon's, to ``prepare``."""
+
+
+def prepare(line: CommandLine, local: Local) -> list[str]:
+    """Reserves, mounts, rewrites; returns the words for the stock runtime. Raises `InterceptorError`, `OSError`."""
+    cid = line.container
+    assert cid is not None
+    bundle = os.path.abspath(line.value("--bundle", "-b") or ".")
+    spec = _read(f"{bundle}/config.json")
+    settings = read_settings(spec.get("annotations"), (spec.get("process") or {}).get("env"))
+    root = os.path.realpath(os.path.join(bundle, (spec.get("root") or {}).get("path") or "rootfs"))
+    cgroup = _cgroup2(spec)
+    masked, readonly = pure.kept_paths(spec)
+    answer = local.ask(
+        {
+            "op": "prepare",
+            "id": cid,
+            "runtime_root": local.root(line),
+            "holder": [os.getpid(), start_time(os.getpid())],
+            "bundle": bundle,
+            "masked": masked,
+            "readonly": readonly,
+            "root_readonly": bool((spec.get("root") or {}).get("readonly")),
+            "cgroup": cgroup,
+            "map_ids": not pure.asks_for_user_namespace(spec),
+        }
+    )
+    try:
+        _build(Job(local, cid, bundle, spec, settings, root, answer), cgroup)
+    except BaseException:
+        release(local, cid)
+        raise
+    return line.words
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        with open(path) as file:
+            spec = json.load(file)
+    except ValueError as error:
+        raise ContainerError(f"{path}: {error}") from None
+    if not isinstance(spec, dict):
+        raise ContainerError(f"{path}: not an object")
+    return spec
+
+
+def _cgroup2(spec: dict[str, Any]) -> str | None:
+    """The container's cgroup v2 where that is mounted beside version 1 ("hybrid"), whose other hierarchies a container
+    cannot be given. Runtimes with the cgroupfs driver use the same path in all of them."""
+    path = (spec.get("linux") or {}).get("cgroupsPath") or ""
+    unified = "/sys/fs/cgroup/unified"
+    if not path.startswith("/") or not os.path.exists(f"{unified}/cgroup.controllers"):
+        return None
+    return unified + os.path.normpath(path)
+
+
+def _build(job: Job, cgroup: str | None) -> None:
+    uids, gids = _ids(job)
+    config = job.answer["config"]
+    host = pure.Host(
+        uids=pure.IdRange(*uids),
+        gids=pure.IdRange(*gids),
+        listener=job.answer["listener"],
+        hooks=job.answer["hooks"],
+        capabilities=_bounding_set(),
+        cgroup2=cgroup,
+        wait_killable=job.answer["wait_killable"],
+        honor_caps=config["honor_caps"],
+        privileged=config["privileged"],
+        apparmor=config["apparmor"],
+    )
+    new = pure.rewrite(job.spec, job.settings, host)
+    if cgroup is not None:
+        _delegate(cgroup, uids.first, gids.first)
+    _private_mounts(job.answer["stage"])
+    mapped: dict[str, Any] = {"decisions": [], "scratch": []}
+    if job.answer["uids"] is not None:
+        mapped = _map(job, new, uids, gids)
+    else:
+        new.setdefault("root", {})["path"] = job.root
+    job.local.ask({"op": "ownership", "id": job.cid, "root": new["root"]["path"], **mapped})
+    _leave_note(job, new, host)
+    place = f"{job.answer['stage']}/config.json"
+    with open(place, "w") as file:
+        json.dump(new, file)
+    # The manager's own file stays as it is: this one lies on top in this mount namespace alone.
+    mount.mount(place, f"{job.bundle}/config.json", None, MountFlag.MS_BIND)
+
+
+def _ids(job: Job) -> tuple[Block, Block]:
+    if job.answer["uids"] is not None:
+        return Block(*job.answer["uids"]), Block(*job.answer["gids"])
+    # Ranges of the manager's choice: only the first IDs matter here.
+    linux = job.spec.get("linux") or {}
+    found = []
+    for table in ("uidMappings", "gidMappings"):
+        rows = [row for row in linux.get(table) or [] if row.get("containerID") == 0]
+        if not rows:
+            raise ContainerError(f"the user namespace of the configuration maps no root: {table}")
+        found.append(Block(int(rows[0]["hostID"]), int(rows[0]["size"])))
+    return found[0], found[1]
+
+
+def _bounding_set() -> list[str]:
+    with open("/proc/self/status") as file:
+        mask = next(int(line.split()[1], 16) for line in file if line.startswith("CapBnd:"))
+    return [name for number, name in enumerate(CAPABILITIES) if mask >> number & 1]
+
+
+def _delegate(cgroup: str, uid: int, gid: int) -> None:
+    """cgroups(7), "Cgroup delegation"."""
+    os.makedirs(cgroup, exist_ok=True)
+    for name in ("", "cgroup.procs", "cgroup.subtree_control", "cgroup.threads"):
+        os.chown(os.path.join(cgroup, name), uid, gid)
+
+
+def _private_mounts(stage: str) -> None:
+    unshare(CLONE_NEWNS)
+    # What the host mounts and unmounts goes on to arrive here; nothing goes out.
+    mount.mount(b"none", b"/", None, MountFlag.MS_REC | MountFlag.MS_SLAVE)
+    # Searchable: the container's root has to find its root filesystem here.
+    mount.mount(b"interceptor", stage, b"tmpfs", MountFlag.MS_NOSUID | MountFlag.MS_NODEV, b"mode=0755")
+    for name in ("rootfs", "layers", "binds"):
+        os.mkdir(f"{stage}/{name}", 0o755)
+
+
+def _leave_note(job: Job, new: dict[str, Any], host: pure.Host) -> None:
+    honor = host.honor_caps if job.settings.honor_caps is None else job.settings.honor_caps
+    note = {
+        "systemd": pure.is_systemd(job.spec, job.settings),
+        "honor_caps": honor,
+        "capabilities": list(host.capabilities),
+        "apparmor": host.apparmor,
+    }
+    os.makedirs(os.path.dirname(job.local.note(job.cid)), 0o700, exist_ok=True)
+    with open(job.local.note(job.cid), "w") as file:
+        json.dump(note, file)
+
+
+# ---- ownership ---------------------------------------------------------------------------------------------
+
+
+def _map(job: Job, new: dict[str, Any], uids: Block, gids: Block) -> dict[str, Any]:
+    """Maps the root filesystem and the binds; returns what was decided for each, and what is to be cleaned up."""
+    stage = job.answer["stage"]
+    with user_namespace(uids, gids) as namespace:
+        mapping = _Mapping(job, Mapper(namespace, uids, gids, f"{stage}/layers"))
+        decisions = [{"path": "/", **mapping.root(new)}]
+        for number, entry in enumerate(new["mounts"]):
+            options = entry.get("options") or []
+            if {"bind", "rbind"} & set(options) or entry.get("type") == "bind":
+                decision = mapping.bind(entry, f"{stage}/binds/{number}")
+                decisions.append({"path": entry["destination"], **decision})
+        _devices(new, f"{stage}/devices", uids, gids)
+    return {"decisions": decisions, "scratch": mapping.scratch}
+
+
+def _devices(new: dict[str, Any], place: str, uids: Block, gids: Block) -> None:
+    """Device nodes of the configuration as nodes of our own, owned inside: runtimes would bind the host's, which belong
+    to nobody there, and devtmpfs cannot be mapped. What may be opened is still the device cgroup's affair."""
+    devices = new["linux"].get("devices") or []
+    if not devices:
+        return
+    os.mkdir(place, 0o755)
+    mount.mount(b"interceptor", place, b"tmpfs", MountFlag.MS_NOSUID | MountFlag.MS_NOEXEC, b"mode=0755")
+    kinds = {"c": stat.S_IFCHR, "u": stat.S_IFCHR, "b": stat.S_IFBLK}
+    left = []
+    for number, device in enumerate(devices):
+        if device.get("type") not in kinds:
+            left.append(device)
+            continue
+        node = f"{place}/{number}"
+        mode = int(device.get("fileMode") or 0o666) & 0o777
+        os.mknod(node, kinds[device["type"]] | mode, os.makedev(int(device["major"]), int(device["minor"])))
+        os.chmod(node, mode)
+        owner, group = int(device.get("uid") or 0), int(device.get("gid") or 0)
+        os.chown(node, uids.first + min(owner, uids.size - 1), gids.first + min(group, gids.size - 1))
+        new["mounts"].append(
+            {"type": "bind", "source": node, "destination": device["path"], "options": ["bind", "rw"]}
+        )
+    new["linux"]["devices"] = left
+
+
+class _Mapping:
+    """Tries, decides, attaches."""
+
+    def __init__(self, job: Job, mapper: Mapper) -> None:
+        with open("/proc/self/mountinfo", errors="surrogateescape") as file:
+            self._mounts = parse_mountinfo(file.read())
+        self._job = job
+        self._mapper = mapper
+        self._allowed = job.answer["config"]["ownership_strategies"]
+        self._overlays: dict[int, str] = {}
+        self.scratch: list[str] = []
+
+    def root(self, new: dict[str, Any]) -> dict[str, str]:
+        """Puts the root filesystem at the stage's ``rootfs`` and has ``new`` name that."""
+        job = self._job
+        place = f"{job.answer['stage']}/rootfs"
+        found, tree = self._try(self._find(job.root, "/", root=True), WORK, recursive=True)
+        decision = choose(found, self._allowed, job.settings.ownership)
+        if tree is None:
+            mount.mount(job.root, place, None, MountFlag.MS_BIND | MountFlag.MS_REC)
+        else:
+            with tree:
+                mount.attach(tree, mount.AT_FDCWD, place)
+        new.setdefault("root", {})["path"] = place
+        return {"strategy": decision.strategy, "reason": decision.reason}
+
+    def bind(self, entry: dict[str, Any], place: str) -> dict[str, str]:
+        """Puts a mapped clone of a bind's source at ``place``, if that can be, and has ``entry`` name that."""
+        source = os.path.realpath(os.path.join(self._job.bundle, entry.get("source") or ""))
+        recursive = "rbind" in (entry.get("options") or [])
+        work = f"{WORK}-{self._job.cid}"
+        found, tree = self._try(self._find(source, entry["destination"]), work, recursive)
+        decision = choose(found, self._allowed)
+        if tree is not None:
+            with tree:
+                if stat.S_ISDIR(os.fstat(tree.fileno()).st_mode):
+                    os.mkdir(place, 0o755)
+                else:
+                    with open(place, "w"):
+                        pass
+                mount.attach(tree, mount.AT_FDCWD, place)
+            entry["source"] = place
+        return {"strategy": decision.strategy, "reason": decision.reason}
+
+    def _find(self, path: str, destination: str, root: bool = False) -> Found:
+        status = os.stat(path)
+        skip = self._job.settings.skip_id_shift
+        plain = stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)
+        return Found(
+            path=path,
+            root=root,
+            fstype=mount_of(path, self._mounts).fstype,
+            skip="*" in skip or os.path.normpath(destination) in skip,
+            special=not plain,
+            owned_inside=self._mapper.owned_inside(status),
+        )
+
+    def _try(self, found: Found, work: str, recursive: bool) -> tuple[Found, OwnedFd | None]:
+        """The mapped tree, or in what is known why there is none."""
+        if needs_mapping(found, self._job.settings.ownership) or "idmapped" not in self._allowed:
+            return found, None
+        if found.root and self._job.settings.ownership not in ("auto", "idmapped"):
+            return found, None
+        try:
+            line = mount_of(found.path, self._mounts)
+            if line.fstype != "overlay":
+                return found, self._mapper.tree(found.path, recursive)
+            return found, self._from_overlay(found, line, work)
+        except (InterceptorError, OSError) as error:
+            return replace(found, mapping_fails=str(error)), None
+
+    def _leave(self, path: str, name: str) -> None:
+        """For the daemon: see `interceptor.idshift.coherence`."""
+        place = f"{self._job.answer['stage']}/{name}"
+        os.mkdir(place, 0o700)
+        with mount.clone_mount(mount.AT_FDCWD, path) as tree:
+            mount.attach(tree, mount.AT_FDCWD, place)
+
+    def _from_overlay(self, found: Found, line: MountLine, work: str) -> OwnedFd:
+        layers = parse_layers(line, os.path.lexists)
+        if found.root and found.path == line.point:
+            tree = self._mapper.overlay(layers, work)
+            if layers.upper is not None:
+                self._leave(found.path, MANAGER)
+                self._leave(os.path.dirname(os.path.realpath(layers.upper)), DISK)
+            return tree
+        place = self._overlays.get(line.mnt_id)
+        if place is None:
+            place = f"{self._job.answer['stage']}/layers/m{line.mnt_id}"
+            os.mkdir(place, 0o755)
+            with self._mapper.overlay(layers, work) as tree:
+                mount.attach(tree, mount.AT_FDCWD, place)
+            self._overlays[line.mnt_id] = place
+            if layers.upper is not None:
+                self.scratch.append(os.path.join(os.path.dirname(os.path.realpath(layers.upper)), work))
+        inside = os.path.relpath(found.path, line.point)
+        return mount.clone_mount(mount.AT_FDCWD, os.path.normpath(f"{place}{line.root}/{inside}"))

@@ -1,0 +1,210 @@
+"""``interceptor-runc``: an OCI runtime that makes guarded system containers by means of a stock one.
+
+It looks at its command line, does what is needed beforehand, and becomes the stock runtime by execve(2): what that
+prints, how it exits and how it is killed is its own. Most commands need next to nothing; a manager calls it several
+times for each container, so only `interceptor.oci.prepare`, for ``create`` and ``run``, imports more than the standard
+library's cheap parts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from interceptor.client import request
+from interceptor.errors import InterceptorError
+from interceptor.oci.commandline import CommandLine, parse
+
+DEFAULT_CONFIG = "/etc/interceptor/config.toml"
+RUNTIME_VARIABLE = "INTERCEPTOR_RUNTIME"
+CONFIG_VARIABLE = "INTERCEPTOR_CONFIG"
+#: What runc and crun use without ``--root``.
+DEFAULT_ROOTS = {"crun": "/run/crun"}
+
+#: Seconds that the daemon may take for an answer while a manager waits.
+TIMEOUT = 30.0
+
+_SIGTERM = ("15", "TERM", "SIGTERM")
+#: What systemd as process 1 takes for "power off" (systemd(1), "Signals"): SIGRTMIN+3.
+_SIGRTMIN_3 = "37"
+
+
+class Local:
+    """What the wrapper needs of the configuration; the daemon checks all of it."""
+
+    def __init__(self, file: str | None) -> None:
+        self.file = file or os.environ.get(CONFIG_VARIABLE)
+        values = _toml(self.file or DEFAULT_CONFIG, needed=self.file is not None)
+        self.runtime_dir = str(values.get("runtime_dir", "/run/interceptor"))
+        self.runtime = os.environ.get(RUNTIME_VARIABLE) or str(values.get("runtime", "runc"))
+        self.control = os.path.join(self.runtime_dir, "control.sock")
+
+    def ask(self, message: dict[str, object]) -> Any:
+        """The daemon's answer. Raises `InterceptorError`."""
+        return request(self.control, message, TIMEOUT)
+
+    def root(self, line: CommandLine) -> str:
+        """The directory in which the stock runtime keeps states."""
+        given = line.value("--root")
+        return os.path.abspath(given or DEFAULT_ROOTS.get(os.path.basename(self.runtime), "/run/runc"))
+
+    def note(self, cid: str) -> str:
+        """The file in which ``create`` leaves for later commands what they need to know."""
+        return os.path.join(self.runtime_dir, "wrapped", cid)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Exit status: the stock runtime's; 1 with one line of explanation if it was not called."""
+    line = parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        local = Local(line.config)
+        words = _COMMANDS.get(line.command or "", _pass_through)(line, local)
+        _become(local.runtime, words)
+    except InterceptorError as error:
+        hint = f" ({error.hint})" if error.hint else ""
+        _complain(line, f"interceptor-runc {line.command or ''}: {error}{hint}")
+    except OSError as error:
+        _complain(line, f"interceptor-runc {line.command or ''}: {error}")
+    return 1
+
+
+def _become(runtime: str, words: Sequence[str]) -> NoReturn:
+    found = shutil.which(runtime)
+    if found is None:
+        raise InterceptorError(
+            f"the runtime {runtime!r} is not installed",
+            f"set runtime in the configuration, or {RUNTIME_VARIABLE}",
+        )
+    os.execv(found, [found, *words])
+
+
+def _complain(line: CommandLine, message: str) -> None:
+    """As runtimes do: managers show what the log file says, people see standard error."""
+    path = line.value("--log")
+    if path is not None:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        entry = json.dumps({"level": "error", "msg": message, "time": stamp})
+        if line.value("--log-format") != "json":
+            entry = f'time="{stamp}" level=error msg={json.dumps(message)}'
+        try:
+            with open(path, "a") as log:
+                log.write(entry + "\n")
+        except OSError:
+            pass
+    print(message, file=sys.stderr)
+
+
+def _toml(path: str, needed: bool) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            # Only for those who have a configuration: it takes a few milliseconds.
+            import tomllib
+
+            return tomllib.load(file)
+    except FileNotFoundError:
+        if needed:
+            raise InterceptorError(f"{path}: no such file") from None
+        return {}
+    except OSError as error:
+        raise InterceptorError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InterceptorError(f"{path}: not TOML: {error}") from None
+
+
+# ---- commands ----------------------------------------------------------------------------------------------
+
+
+def _pass_through(line: CommandLine, local: Local) -> list[str]:
+    return line.words
+
+
+def _create(line: CommandLine, local: Local) -> list[str]:
+    if line.container is None or {"-h", "--help"} & set(line.words):
+        return line.words
+    from interceptor.oci.prepare import prepare
+
+    return prepare(line, local)
+
+
+def _delete(line: CommandLine, local: Local) -> list[str]:
+    """Where the runtime knows the container its poststop hook tells the daemon; where it does not nobody else would."""
+    if line.container and not os.path.isdir(os.path.join(local.root(line), line.container)):
+        release(local, line.container)
+    return line.words
+
+
+def release(local: Local, cid: str) -> None:
+    """Tells the daemon that a container is gone. Without a daemon the next one finds out."""
+    try:
+        local.ask({"op": "release", "id": cid})
+    except InterceptorError:
+        pass
+
+
+def _known(line: CommandLine, local: Local) -> dict[str, Any]:
+    """What ``create`` left about the container; nothing for one that it did not make."""
+    try:
+        with open(local.note(line.container or "")) as file:
+            found = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _kill(line: CommandLine, local: Local) -> list[str]:
+    """systemd as the first process is stopped by another signal than managers send (see `_SIGRTMIN_3`)."""
+    signals = line.arguments[1:]
+    if not _known(line, local).get("systemd") or {"-a", "--all"} & set(line.words):
+        return line.words
+    if not signals:
+        return [*line.words, _SIGRTMIN_3]
+    if signals[0][1] not in _SIGTERM:
+        return line.words
+    words = list(line.words)
+    words[signals[0][0]] = _SIGRTMIN_3
+    return words
+
+
+def _exec(line: CommandLine, local: Local) -> list[str]:
+    """Processes that a manager adds get the capabilities that the first one got."""
+    known = _known(line, local)
+    path = line.value("--process", "-p")
+    if not known or known["honor_caps"] or line.container is None:
+        return line.words
+    from interceptor.oci.rewrite import rewrite_process
+
+    def rewritten(process: dict[str, Any]) -> dict[str, Any]:
+        return rewrite_process(process, False, known["capabilities"], known["apparmor"])
+
+    if path is None:
+        at = next(i for i, word in line.arguments if word == line.container)
+        extra = [f"--cap={name}" for name in known["capabilities"]]
+        return [*line.words[:at], *extra, *line.words[at:]]
+    with open(path) as file:
+        process = rewritten(json.load(file))
+    name = "--process" if line.value("--process") is not None else "-p"
+    return line.replaced(name, private_file(json.dumps(process)))
+
+
+def private_file(text: str) -> str:
+    """A path to a file with that text which only this process and those that it becomes have."""
+    fd = os.memfd_create("interceptor", 0)
+    os.write(fd, text.encode())
+    return f"/proc/self/fd/{fd}"
+
+
+_COMMANDS: dict[str, Callable[[CommandLine, Local], list[str]]] = {
+    "create": _create,
+    "run": _create,
+    "delete": _delete,
+    "kill": _kill,
+    "exec": _exec,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
