@@ -12,7 +12,8 @@ from interceptor.containers.registry import Container
 from interceptor.errors import InterceptorError, SyscallError
 from interceptor.guards.link import MAX_IDS, Act, Answer, Ask, Op
 from interceptor.kernel import mount, process, stat
-from interceptor.kernel.flags import MOUNT_ATTR__ATIME, PROC_SUPER_MAGIC, SYSFS_MAGIC, MountAttr
+from interceptor.kernel.flags import MOUNT_ATTR__ATIME, MountAttr
+from interceptor.kernel.namespaces import belongs_to
 from interceptor.kernel.stat import MountStat
 from interceptor.mounts.arguments import SIMPLE_ATTRIBUTES, NewMount
 from interceptor.mounts.composite import Composer
@@ -28,7 +29,10 @@ _REQUESTS = {
     Op.REMOUNT: Request.REMOUNT,
 }
 _CHAIN_MAX = 256
-_BASE_MAGIC = {PROC_SUPER_MAGIC: b"proc", SYSFS_MAGIC: b"sysfs"}
+#: How long a context may be in use by another call of the container's: seconds.
+_CONTEXT_BUSY_S = 0.005
+#: How many descriptors of a question, the first ones, are namespaces.
+_NAMESPACES = {Op.NEW: 3, Op.FSOPEN: 2}
 
 
 class _Scene:
@@ -76,10 +80,12 @@ class Answerer:
         """The answer to a question; what cannot be answered is left to the kernel, whose welds hold."""
         log = self._log.bind(container=container.cid, op=ask.op.name.lower(), tid=ask.tid)
         try:
-            if ask.op is Op.NEW:
+            if not _asks_for_its_own(container, ask):
+                answer, reason = Answer(Act.CONTINUE), "a namespace that is not the container's"
+            elif ask.op is Op.NEW:
                 answer, reason = self._new(container, ask)
             elif ask.op is Op.FSOPEN:
-                answer, reason = self._fsopen(ask)
+                answer, reason = self._fsopen(container, ask)
             elif ask.op is Op.FSMOUNT:
                 answer, reason = self._fsmount(container, ask)
             elif ask.op is Op.OPEN_TREE:
@@ -111,31 +117,35 @@ class Answerer:
         return Answer(Act.ATTACH, there_id=stat.statx(tree).mnt_id, tree=tree), "a welded composite"
 
     @staticmethod
-    def _fsopen(ask: Ask) -> tuple[Answer, str]:
+    def _fsopen(container: Container, ask: Ask) -> tuple[Answer, str]:
         pid_namespace, network_namespace = ask.fds
         if ask.kind == 1:
             context = mount.fsopen_for(b"proc", pid_namespace=pid_namespace)
         else:
             context = mount.fsopen_for(b"sysfs", network_namespace=network_namespace)
+        container.contexts.append((context.dup(), b"proc" if ask.kind == 1 else b"sysfs"))
         return Answer(Act.GIVE, tree=context), "a context that is known again at fsmount"
 
     def _fsmount(self, container: Container, ask: Ask) -> tuple[Answer, str]:
-        """A context that `_fsopen` gave, configured by the caller since."""
+        """A context that `_fsopen` gave, configured by the caller since. No other is touched, and that not for long: a
+        call of the container's on it, which locks it, may be waiting for a filesystem of the container's.
+        """
         _mount_namespace, context = ask.fds
+        known = next((c for c in container.contexts if process.same_file(c[0], context)), None)
+        if known is None:
+            return Answer(Act.CONTINUE), "a context of a predecessor, or of nobody"
         atime = ask.flags & MOUNT_ATTR__ATIME
         try:
-            base = mount.fsmount(context, atime | (ask.flags & MountAttr.MOUNT_ATTR_NODIRATIME))
+            with process.interrupted_after(_CONTEXT_BUSY_S):
+                base = mount.fsmount(context, atime | (ask.flags & MountAttr.MOUNT_ATTR_NODIRATIME))
         except SyscallError as error:
-            if error.errno != errno.EBUSY:
-                raise
-            return Answer(Act.ERROR, error=errno.EBUSY), "made already, or not created yet"
-        fstype = _BASE_MAGIC.get(stat.fs_magic(base))
-        if fstype is None:
-            return Answer(Act.ERROR, error=errno.EPERM), "neither procfs nor sysfs"
-        attributes = ask.flags & SIMPLE_ATTRIBUTES
-        return Answer(
-            Act.GIVE, tree=self._composer.over(base, fstype, container.material, attributes)
-        ), "welded"
+            if error.errno == errno.EBUSY:
+                return Answer(Act.ERROR, error=errno.EBUSY), "made already, or not created yet"
+            if error.errno == errno.EINTR:
+                container.contexts.remove(known)
+            raise
+        tree = self._composer.over(base, known[1], container.material, ask.flags & SIMPLE_ATTRIBUTES)
+        return Answer(Act.GIVE, tree=tree), "welded"
 
     def _open_tree(self, container: Container, ask: Ask) -> tuple[Answer, str]:
         """A clone, not recursive, of something with welded submounts below: they come along, nothing else does."""
@@ -220,6 +230,11 @@ class Answerer:
         ids = [m.mnt_id for m in _welded_on(container, scene, base) if m.mnt_id != chain[0].mnt_id]
         there = stat.statx(tree).mnt_id
         return Answer(Act.SWAP, base_id=base.mnt_id, there_id=there, ids=ids[:MAX_IDS], tree=tree)
+
+
+def _asks_for_its_own(container: Container, ask: Ask) -> bool:
+    """Whether the namespaces of a question are the container's own: a guard taken over could send the host's."""
+    return all(belongs_to(fd, container.userns) for fd in ask.fds[: _NAMESPACES.get(ask.op, 1)])
 
 
 def _welded_on(container: Container, scene: _Scene, base: MountStat) -> list[MountStat]:

@@ -50,6 +50,8 @@ int ix_seccomp_notif_sizes(void);
 int ix_is_listener(int fd);
 int ix_close_range(unsigned int first, unsigned int last);
 int ix_chroot_fd(int fd);
+/* 1: two descriptors of the caller's are of one open file. */
+int ix_same_file(int a, int b);
 
 /* ---- workshop.c: what must happen in one piece, so that no thread is ever left in a foreign namespace ------ */
 

@@ -30,19 +30,11 @@ static int resolve_at(struct ix_call *call, int dirfd, uint64_t path, bool empty
 
 /* ---- contexts: filesystem contexts of procfs and sysfs that callers opened ---------------------------------- */
 
-enum { CONTEXTS = 64, HELD = 128, IX_F_DUPFD_QUERY = 1024 + 3, IX_KCMP_FILE = 0 };
+enum { CONTEXTS = 64, HELD = 128 };
 
 static pthread_mutex_t table_lock = PTHREAD_MUTEX_INITIALIZER;
 static int contexts[CONTEXTS];         /* 1 + descriptor; 0: free */
 static unsigned int next_context;
-
-static bool same_file(int a, int b)
-{
-	int r = fcntl(a, IX_F_DUPFD_QUERY, b);
-	if (r >= 0)
-		return r == 1;
-	return syscall(SYS_kcmp, getpid(), getpid(), IX_KCMP_FILE, a, b) == 0;
-}
 
 /* Nobody tells when a context is closed, so the oldest is forgotten: its fsmount is then the kernel's to refuse. */
 static void remember_context(int context)
@@ -63,7 +55,7 @@ static bool known_context(int context)
 	bool found = false;
 	pthread_mutex_lock(&table_lock);
 	for (int i = 0; i < CONTEXTS && !found; i++)
-		found = contexts[i] && same_file(contexts[i] - 1, context);
+		found = contexts[i] && ix_same_file(contexts[i] - 1, context) == 1;
 	pthread_mutex_unlock(&table_lock);
 	return found;
 }

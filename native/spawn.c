@@ -52,8 +52,8 @@ static void become_container_root(int userns_fd)
 }
 
 /*
- * A mount namespace of the guard's own, owned by the container's user namespace, with nothing in it but an empty,
- * read-only tmpfs: threads that visited a caller's namespace can come back to it, and no host path is in reach.
+ * A mount namespace of its own, owned by the container's user namespace, with nothing in it but an empty, read-only
+ * tmpfs: no host path is in reach, and a guard's threads that visited a caller's namespace can come back to it.
  */
 static void jail(void)
 {
@@ -61,7 +61,7 @@ static void jail(void)
 	    mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0)
 		_exit(EXIT_JAIL);
 	/* /proc exists on every host; the tmpfs covers it for us alone. */
-	if (mount("guard", "/proc", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "size=4k,nr_inodes=2,mode=0555") < 0 ||
+	if (mount("jail", "/proc", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "size=4k,nr_inodes=2,mode=0555") < 0 ||
 	    chdir("/proc") < 0 || ix_pivot_root(".", ".") < 0 || umount2(".", MNT_DETACH) < 0 || chdir("/") < 0 ||
 	    mount(NULL, "/", NULL, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL) < 0)
 		_exit(EXIT_JAIL);
@@ -104,6 +104,7 @@ void ix_become_envoy(const int *ns_fds, int ns_count, int sock, int proc_fd, int
 	become_container_root(fds[joined]);
 	for (int i = 0; i < ns_count; i++)
 		close(fds[joined + i]);
+	jail();
 	harden("interceptor-env");
 	_exit(ix_envoy(fds[0], fds[1], fds[2], pidfd < 0 ? -1 : fds[3]) < 0 ? 1 : 0);
 }

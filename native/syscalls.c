@@ -192,3 +192,15 @@ int ix_chroot_fd(int fd)
 		return -errno;
 	return 0;
 }
+
+enum { IX_F_DUPFD_QUERY = 1024 + 3, IX_KCMP_FILE = 0 };
+
+/* F_DUPFD_QUERY is of Linux 6.10; kcmp(2) is not in every kernel. */
+int ix_same_file(int a, int b)
+{
+	int r = ix_result(fcntl(a, IX_F_DUPFD_QUERY, b));
+	if (r >= 0)
+		return r;
+	r = ix_result(syscall(SYS_kcmp, getpid(), getpid(), IX_KCMP_FILE, a, b));
+	return r < 0 ? r : r == 0;
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,9 @@ from interceptor.kernel.fd import OwnedFd
 from interceptor.mounts.composite import Material
 from interceptor.mounts.lineage import Baseline, MountClass, Recorded
 from interceptor.mounts.managed import Cover, Covered, Plan
+
+#: As many as a guard knows again (native/newapi.c).
+CONTEXTS_MAX = 64
 
 
 @dataclass
@@ -29,6 +33,8 @@ class Container:
     netns: OwnedFd
     material: Material
     baseline: Baseline
+    contexts: deque[tuple[OwnedFd, bytes]] = field(default_factory=lambda: deque(maxlen=CONTEXTS_MAX))
+    """The last filesystem contexts that its processes were given, with their filesystem type."""
     listeners: dict[int, OwnedFd] = field(default_factory=dict)
     next_listener: int = 0
     settled: bool = False
@@ -44,6 +50,7 @@ class Container:
         if self.envoy_pidfd is not None:
             self.envoy_pidfd.close()
         self.listeners.clear()
+        self.contexts.clear()
         self.material.close()
 
 

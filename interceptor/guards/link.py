@@ -54,7 +54,7 @@ class Ask:
     flags: int
     tid: int
     kind: int
-    """Op.NEW: 1 procfs, 2 sysfs."""
+    """Op.NEW, Op.FSOPEN: 1 procfs, 2 sysfs; else 0."""
     hidepid: int | None
     subset_pid: bool
     gid: int | None
@@ -206,7 +206,7 @@ def _decode(data: bytes, fds: list[OwnedFd]) -> Ask | Ready:
     if (
         record.type != lib.IX_MSG_ASK
         or len(fds) != _FD_COUNT.get(op, 2)
-        or record.kind > 2
+        or record.kind not in ((1, 2) if op in (Op.NEW, Op.FSOPEN) else (0,))
         or record.hidepid > 4
     ):
         raise ProtocolError(f"a guard's question about {op.name} is malformed")

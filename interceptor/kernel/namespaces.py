@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from interceptor._native import lib
+from interceptor.kernel import stat
 from interceptor.kernel.call import c_fd, checked
 from interceptor.kernel.fd import FdLike, OwnedFd
 from interceptor.kernel.flags import CLONE_FS, CLONE_NEWNS
@@ -25,6 +27,31 @@ def unshare(flags: int) -> None:
 def open_namespace(pid: int, name: str) -> OwnedFd:
     """``/proc/PID/ns/NAME``. Raises `OSError`."""
     return OwnedFd(os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC))
+
+
+_NS_GET_USERNS = 0xB701
+_NS_GET_PARENT = 0xB702
+_NESTING_MAX = 33
+"""Of user namespaces (kernel/user_namespace.c)."""
+
+
+def belongs_to(fd: FdLike, user_namespace: FdLike) -> bool:
+    """Whether ``fd`` is a namespace that is owned by a user namespace or by one below it (ioctl_nsfs(2)).
+
+    A descriptor that is of no namespace is asked nothing: behind it may be a server that never answers.
+    """
+    if stat.statx(fd).dev != stat.statx(user_namespace).dev:
+        return False
+    wanted = stat.statx(user_namespace).ino
+    try:
+        at = OwnedFd(fcntl.ioctl(c_fd(fd), _NS_GET_USERNS))
+        for _ in range(_NESTING_MAX):
+            if stat.statx(at).ino == wanted:
+                return True
+            at = OwnedFd(fcntl.ioctl(at.fileno(), _NS_GET_PARENT))
+    except OSError:
+        pass  # EPERM: above the initial one there is none
+    return False
 
 
 def become_visitor() -> None:

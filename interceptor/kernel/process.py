@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from interceptor._native import lib
 from interceptor.kernel.call import Path, c_fd, c_path, checked, owned
@@ -23,6 +26,24 @@ def openat2(dirfd: FdLike, path: Path, flags: int, resolve: int = 0, mode: int =
     """openat2(2), always CLOEXEC."""
     result = lib.ix_openat2(c_fd(dirfd), c_path(path), flags, mode, resolve)
     return owned(result, "openat2", c_fd(dirfd), path, hex(flags), hex(resolve))
+
+
+@contextmanager
+def interrupted_after(seconds: float) -> Iterator[None]:
+    """Interruptible calls in the block that wait longer fail with EINTR. For the main thread; uses SIGALRM."""
+    previous = signal.signal(signal.SIGALRM, lambda _number, _frame: None)
+    # Again and again: the first one may come just before the call.
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def same_file(a: FdLike, b: FdLike) -> bool:
+    """Whether two descriptors are of one open file (F_DUPFD_QUERY of fcntl(2), or kcmp(2))."""
+    return checked(lib.ix_same_file(c_fd(a), c_fd(b)), "kcmp", c_fd(a), c_fd(b)) == 1
 
 
 def chroot_fd(fd: FdLike) -> None:

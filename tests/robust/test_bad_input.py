@@ -14,6 +14,7 @@ import signal
 import socket
 import stat
 import struct
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from interceptor.errors import InterceptorError
+from interceptor.kernel import mount as km
 from interceptor.library import GuardedChild, Interceptor, Mount
 from interceptor.spawn.create import spawn
 from interceptor.spawn.process import Process
@@ -402,6 +404,37 @@ def test_callers_stuck_on_their_own_filesystem_delay_nobody(
         # What the kernel says where a server is gone.
         assert set(results) <= {errno.ENOTCONN, errno.EFAULT, errno.ECONNABORTED}, results
         eventually(lambda: support.threads(guard) < 10, "receivers that are free again")
+
+
+def _hold_a_context(said: int) -> int:
+    """A procfs context on which a call waits for the server; fsmount by another thread waits for that call."""
+    context = km.fsopen(b"proc")
+
+    def configure() -> None:
+        # Linux 6.17: the path is opened with the context locked. Older ones refuse the key, and nothing waits.
+        with contextlib.suppress(OSError):
+            km.fsconfig(context, 1, b"pidns", b"/mnt/name/x")
+
+    thread = threading.Thread(target=configure, daemon=True)
+    thread.start()
+    thread.join(0.2)
+    os.write(said, b".")
+    return inside.errno_of(km.fsmount, context)
+
+
+def test_a_context_that_is_in_use_delays_no_other_container(
+    daemon: Interceptor, child: GuardedChild, with_fuse: GuardedChild
+) -> None:
+    with with_fuse, pipe() as (heard, ready), pipe() as (finish, order), pipe() as (begun, said):
+        server = _start_server(with_fuse, ready, finish, heard)
+        callers = [with_fuse.start(_hold_a_context, said, pass_fds=[said]) for _ in range(3)]
+        for _ in callers:
+            assert os.read(begun, 1)
+        assert _timed(lambda: child.run(["mount", "-t", "proc", "x", "/mnt"])) < 5
+        os.write(order, b"x")
+        assert server.wait(PATIENCE).returncode == 0
+        for caller in callers:
+            caller.close()
 
 
 def _lazily_unmounted(child: GuardedChild) -> bool:
