@@ -197,13 +197,13 @@ struct ix_slot {
 
 /* An effect whose caller was interrupted before it could be told: the restarted call gets the result. */
 struct ix_orphan {
-	int32_t tid;
+	int32_t tid;           /* 0: free */
 	int32_t nr;
 	uint64_t args[6];
 	uint64_t instruction_pointer;
-	uint64_t after_id;
+	uint64_t after_id;     /* the mount that the call's path leads to now; 0: the result is a descriptor */
 	int32_t result;
-	uint32_t spare;
+	uint32_t order;        /* the oldest goes where there is no room */
 };
 
 /* Latencies from receipt to reply in nanoseconds: eight buckets an octave from 256 ns. */

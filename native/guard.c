@@ -150,46 +150,91 @@ bool ix_question(struct ix_call *call, struct ix_ask *ask, const int *fds, int f
 
 /* ---- orphans: effects whose caller was interrupted before it could be told --------------------------------- */
 
-static void remember_orphan(struct ix_call *call, const struct seccomp_notif *n, int result)
+/*
+ * The mount that stands where the effect took place: for mount and umount what the target leads to, for move_mount what
+ * was moved. 0 where nothing is there.
+ */
+static uint64_t mount_after(struct ix_call *call, const struct seccomp_notif *n)
 {
-	struct ix_stat st = {0};
-	/* A successor has not read it yet. */
-	if (!call->path[0] && ix_read_string(call->tid, call->args[n->data.nr == SYS_mount], call->path, sizeof(call->path)) < 0)
+	struct ix_stat st;
+	cleanup_close int fd = -1;
+	uint64_t path = call->args[n->data.nr == SYS_mount];
+	if (n->data.nr == SYS_move_mount)
+		fd = ix_resolve_moved(call);
+	/* A successor has not read the path yet. */
+	else if (call->path[0] || ix_read_string(call->tid, path, call->path, sizeof(call->path)) >= 0)
+		fd = ix_resolve(ix_guard_state.proc, call->tid, AT_FDCWD, call->path, true);
+	return fd < 0 || ix_statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0 ? 0 : st.mnt_id;
+}
+
+/* A place for an orphan of this thread: the one it has, a free one, the oldest. Under orphan_lock. */
+static struct ix_orphan *place_of(int tid)
+{
+	struct ix_orphan *orphans = ix_guard_state.journal->orphans, *found = &orphans[0];
+	for (int i = 0; i < IX_ORPHANS; i++) {
+		if (orphans[i].tid == tid)
+			return &orphans[i];
+		if (found->tid != 0 && (orphans[i].tid == 0 || (int32_t)(orphans[i].order - found->order) < 0))
+			found = &orphans[i];
+	}
+	return found;
+}
+
+/* Frees an orphan's place; a descriptor that was kept for it is the caller's, or -1. Under orphan_lock. */
+static int clear_orphan(struct ix_orphan *o)
+{
+	int *kept = &ix_guard_state.orphan_fds[o - ix_guard_state.journal->orphans], fd = *kept - 1;
+	*kept = 0;
+	memset(o, 0, sizeof(*o));
+	return fd;
+}
+
+/* Takes the descriptor that the call was to return, if any. */
+static void remember_orphan(struct ix_call *call, const struct seccomp_notif *n, int result, int given)
+{
+	struct ix_guard_state *g = &ix_guard_state;
+	cleanup_close int fd = given;
+	uint64_t after_id = given < 0 ? mount_after(call, n) : 0;
+	if (given < 0 && after_id == 0)
 		return;
-	cleanup_close int fd = ix_resolve(ix_guard_state.proc, call->tid, AT_FDCWD, call->path, true);
-	if (fd < 0 || ix_statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0)
-		return;
-	struct ix_orphan *o = &ix_guard_state.journal->orphans[(uint32_t)call->tid % IX_ORPHANS];
+	pthread_mutex_lock(&g->orphan_lock);
+	struct ix_orphan *o = place_of(call->tid);
+	int old = clear_orphan(o);
 	*o = (struct ix_orphan){
 		.tid = call->tid, .nr = n->data.nr, .instruction_pointer = n->data.instruction_pointer,
-		.after_id = st.mnt_id, .result = result,
+		.after_id = after_id, .result = result,
+		.order = (uint32_t)__atomic_add_fetch(&g->journal->orphaned, 1, __ATOMIC_RELEASE),
 	};
 	memcpy(o->args, n->data.args, sizeof(o->args));
-	__atomic_add_fetch(&ix_guard_state.journal->orphaned, 1, __ATOMIC_RELEASE);
+	if (fd >= 0)
+		g->orphan_fds[o - g->journal->orphans] = ix_take_fd(&fd) + 1;
+	pthread_mutex_unlock(&g->orphan_lock);
+	ix_close_fd(&old);
 }
 
 /*
  * Whether this is a restart of a call whose effect has taken place. It must be the thread's very next call, with the
- * same arguments from the same instruction, and its path must lead to what the effect left there.
+ * same arguments from the same instruction, and lead to what the effect left there.
  */
-static bool adopt_orphan(struct ix_call *call, const struct seccomp_notif *n, int *result)
+static bool adopt_orphan(struct ix_call *call, const struct seccomp_notif *n, struct ix_reply *reply)
 {
-	struct ix_orphan *o = &ix_guard_state.journal->orphans[(uint32_t)call->tid % IX_ORPHANS];
-	struct ix_stat st;
-	if (o->tid != call->tid)
-		return false;
-	struct ix_orphan found = *o;
-	memset(o, 0, sizeof(*o));
-	if (found.nr != n->data.nr || found.instruction_pointer != n->data.instruction_pointer ||
+	struct ix_guard_state *g = &ix_guard_state;
+	pthread_mutex_lock(&g->orphan_lock);
+	struct ix_orphan *o = place_of(call->tid), found = *o;
+	cleanup_close int fd = found.tid == call->tid ? clear_orphan(o) : -1;
+	pthread_mutex_unlock(&g->orphan_lock);
+	if (found.tid != call->tid || found.nr != n->data.nr || found.instruction_pointer != n->data.instruction_pointer ||
 	    memcmp(found.args, n->data.args, sizeof(found.args)) != 0)
 		return false;
-	uint64_t path_address = call->args[n->data.nr == SYS_mount];
-	if (ix_read_string(call->tid, path_address, call->path, sizeof(call->path)) < 0)
+	if (found.after_id == 0) {
+		if (fd < 0)
+			return false;
+		*reply = (struct ix_reply){.outcome = IX_HANDLED, .give = ix_take_fd(&fd) + 1, .give_cloexec = found.result};
+		return true;
+	}
+	if (mount_after(call, n) != found.after_id)
 		return false;
-	cleanup_close int fd = ix_resolve(ix_guard_state.proc, call->tid, AT_FDCWD, call->path, true);
-	if (fd < 0 || ix_statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0 || st.mnt_id != found.after_id)
-		return false;
-	*result = found.result;
+	*reply = ix_acted(call, found.result);
 	return true;
 }
 
@@ -219,8 +264,9 @@ static struct ix_reply examine(struct ix_call *call, const struct seccomp_notif 
 	call->slot->phase = IX_PHASE_RECEIVED;
 	if (!await_turn(call))
 		return ix_deny(EINTR);
-	if (__atomic_load_n(&ix_guard_state.journal->orphaned, __ATOMIC_ACQUIRE) && adopt_orphan(call, n, &result))
-		return ix_acted(call, result);
+	struct ix_reply reply;
+	if (__atomic_load_n(&ix_guard_state.journal->orphaned, __ATOMIC_ACQUIRE) && adopt_orphan(call, n, &reply))
+		return reply;
 	if (ix_guard_state.config.mode == 2)
 		return answer_at_random(call, n);
 	return ix_handle(call, n->data.arch, n->data.nr);
@@ -259,6 +305,7 @@ static void end_call(struct ix_slot *slot)
 	pthread_mutex_unlock(&g->turn_lock);
 }
 
+/* Takes reply->give. */
 static void send_reply(struct ix_call *call, const struct ix_reply *reply)
 {
 	struct seccomp_notif n = *notif_of(call->slot);
@@ -267,8 +314,9 @@ static void send_reply(struct ix_call *call, const struct ix_reply *reply)
 		resp.flags = SECCOMP_USER_NOTIF_FLAG_CONTINUE;
 	else
 		resp.error = -reply->error;
+	cleanup_close int given = reply->give - 1;
 	int r = -1;
-	if (reply->give > 0 && reply->error == 0) {
+	if (given >= 0 && reply->error == 0) {
 		r = give(call, reply);
 		resp.error = -EMFILE;  /* what is left to say if the caller's table is full */
 	}
@@ -277,8 +325,10 @@ static void send_reply(struct ix_call *call, const struct ix_reply *reply)
 	if (r >= 0)
 		return;
 	count(&ix_guard_state.journal->lost);
-	if (reply->outcome == IX_HANDLED && call->slot->phase == IX_PHASE_ACTED)
-		remember_orphan(call, &n, -reply->error);
+	if (given >= 0 && reply->error == 0)
+		remember_orphan(call, &n, reply->give_cloexec, ix_take_fd(&given));
+	else if (reply->outcome == IX_HANDLED && call->slot->phase == IX_PHASE_ACTED)
+		remember_orphan(call, &n, -reply->error, -1);
 }
 
 void ix_serve_call(struct ix_listener *listener, struct ix_slot *slot, int turn, bool overloaded, bool recover)
@@ -305,8 +355,6 @@ void ix_serve_call(struct ix_listener *listener, struct ix_slot *slot, int turn,
 	call.question->answer_fd = -1;
 	atomic_fetch_sub(&listener->serving, 1);
 	send_reply(&call, &reply);
-	if (reply.give > 0)
-		close(reply.give - 1);
 	record(reply.outcome, now_ns() - start);
 	if (overloaded)
 		count(&ix_guard_state.journal->overloaded);
@@ -342,6 +390,7 @@ int ix_guard(int link_fd, int journal_fd, int proc_fd, const struct ix_guard_con
 	pthread_mutex_init(&g->cache_lock, NULL);
 	pthread_mutex_init(&g->stats_lock, NULL);
 	pthread_mutex_init(&g->turn_lock, NULL);
+	pthread_mutex_init(&g->orphan_lock, NULL);
 	pthread_cond_init(&g->turn_over, NULL);
 	atomic_store(&g->next_seq, now_ns() >> 16);
 	prepare_questions();

@@ -47,6 +47,8 @@ struct ix_guard_state {
 	pthread_mutex_t cache_lock;
 	pthread_mutex_t stats_lock;
 	pthread_mutex_t turn_lock;
+	pthread_mutex_t orphan_lock;
+	int orphan_fds[IX_ORPHANS];    /* 1 + the descriptor that an orphan's call was to return; 0: none */
 	pthread_cond_t turn_over;      /* a call has been answered, or its result is on record */
 	atomic_int busy;               /* calls received and not answered */
 	bool awaits[IX_SLOTS];         /* a restart waits for what becomes of the call broken off; under turn_lock */
@@ -133,6 +135,7 @@ struct ix_reply ix_handle_fsopen(struct ix_call *call);
 struct ix_reply ix_handle_fsmount(struct ix_call *call);
 struct ix_reply ix_handle_open_tree(struct ix_call *call, bool with_attr);
 struct ix_reply ix_handle_move_mount(struct ix_call *call);
+int ix_resolve_moved(struct ix_call *call);
 /* act.c */
 bool ix_has_mounts_below(struct ix_call *call, uint64_t mnt_id);
 int ix_top_of_file(struct ix_call *call, uint64_t mnt_id);

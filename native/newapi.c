@@ -284,14 +284,21 @@ static struct ix_reply attach_held(struct ix_call *call, int tree, uint64_t mnt_
 	return reply;
 }
 
+/* What a move_mount is to move, or has moved. */
+int ix_resolve_moved(struct ix_call *call)
+{
+	uint64_t flags = call->args[4];
+	return resolve_at(call, (int)call->args[0], call->args[1], flags & MOVE_MOUNT_F_EMPTY_PATH,
+			  flags & MOVE_MOUNT_F_SYMLINKS);
+}
+
 struct ix_reply ix_handle_move_mount(struct ix_call *call)
 {
 	uint64_t flags = call->args[4] & UINT32_MAX;
 	struct ix_stat st;
 	if (flags & MOVE_MOUNT_SET_GROUP)
 		return ix_let_kernel_run("moves nothing");
-	cleanup_close int from = resolve_at(call, (int)call->args[0], call->args[1], flags & MOVE_MOUNT_F_EMPTY_PATH,
-					    flags & MOVE_MOUNT_F_SYMLINKS);
+	cleanup_close int from = ix_resolve_moved(call);
 	if (from < 0 || ix_statx(from, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0 || !st.mount_root)
 		return ix_let_kernel_run("no mount to move: the kernel's errno");
 	cleanup_close int tree = find_held(st.mnt_id);

@@ -131,24 +131,13 @@ static int own_number(const struct walk *w, const char *name)
  * What is below self/task is numbered in the caller's own PID namespace, so there the caller's own number stands in for
  * self. (For everything else the host's procfs does, which is right from whatever PID namespace the procfs is.)
  */
-static int prepend_own_number(struct walk *w)
-{
-	char number[16];
-	int pid = own_number(w, "NStgid:");
-	if (pid <= 0)
-		return -ESRCH;
-	snprintf(number, sizeof(number), "%d", pid);
-	return prepend_link(w, number, strlen(number));
-}
-
-/* What is above thread-self is self/task, not the procfs. */
-static int prepend_own_task(struct walk *w)
+static int prepend_own(struct walk *w, const char *before, const char *number_name)
 {
 	char name[32];
-	int tid = own_number(w, "NSpid:");
-	if (tid <= 0)
+	int number = own_number(w, number_name);
+	if (number <= 0)
 		return -ESRCH;
-	snprintf(name, sizeof(name), "self/task/%d", tid);
+	snprintf(name, sizeof(name), "%s%d", before, number);
 	return prepend_link(w, name, strlen(name));
 }
 
@@ -188,9 +177,10 @@ static int follow_link(struct walk *w, const char *name, int link_fd)
 		}
 		size_t slashes = strspn(w->rest, "/");
 		if (strcmp(name, "self") == 0 && strncmp(w->rest + slashes, "task", 4) == 0)
-			return prepend_own_number(w);
+			return prepend_own(w, "", "NStgid:");
 		if (strcmp(name, "thread-self") == 0 && strncmp(w->rest + slashes, "..", 2) == 0)
-			return prepend_own_task(w);
+			/* What is above thread-self is self/task, not the procfs. */
+			return prepend_own(w, "self/task/", "NSpid:");
 		if (strcmp(name, "self") == 0 || strcmp(name, "thread-self") == 0)
 			return hop_to_caller(w);
 	}

@@ -183,7 +183,6 @@ def test_unit_does_what_restarts_rely_on() -> None:
     lines = set(unit_for("/opt/x/bin/interceptor").splitlines())
     assert "ExecStart=/opt/x/bin/interceptor serve" in lines
     assert {"Type=notify", "KillMode=process", "RuntimeDirectoryPreserve=yes", "Restart=on-failure"} <= lines
-    assert any(line.startswith("FileDescriptorStoreMax=") for line in lines)
     forbidden = (
         "PrivateMounts",
         "ProtectSystem",

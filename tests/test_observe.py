@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import json
 import os
 import pty
@@ -136,44 +135,3 @@ def test_abstract_socket_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("NOTIFY_SOCKET", "@interceptor-test")
         assert systemd.stopping()
         assert listening.recv(1000) == b"STOPPING=1"
-
-
-def test_descriptors_are_stored_and_removed_by_name(manager: socket.socket) -> None:
-    with manager, open("/dev/null", "rb") as null:
-        assert systemd.store_fds("web1", [null.fileno()])
-        data, ancillary, _, _ = manager.recvmsg(1000, socket.CMSG_SPACE(16))
-        assert data == b"FDSTORE=1\nFDNAME=web1\nFDPOLL=0"
-        ((_, kind, payload),) = ancillary
-        received = array.array("i", payload)
-        assert kind == socket.SCM_RIGHTS
-        assert [os.fstat(fd).st_rdev for fd in received] == [os.fstat(null.fileno()).st_rdev]
-        for fd in received:
-            os.close(fd)
-        assert systemd.remove_fds("web1")
-        assert manager.recv(1000) == b"FDSTOREREMOVE=1\nFDNAME=web1"
-
-
-STORED = """
-import json, os
-os.environ["LISTEN_PID"] = str(os.getpid())
-from interceptor.observe.systemd import stored_fds
-stored = stored_fds()
-print(json.dumps([stored, stored_fds(), [os.get_inheritable(fd) for fds in stored.values() for fd in fds]]))
-"""
-
-
-def test_stored_descriptors_come_back_by_name_once() -> None:
-    with open("/dev/null", "rb") as null:
-        shell = f'exec 3<&{null.fileno()} 4<&{null.fileno()} 5<&{null.fileno()}; exec "$0" -c "$1"'
-        environment = os.environ | {"LISTEN_FDS": "3", "LISTEN_FDNAMES": "web1:db:web1"}
-        argv = ["bash", "-c", shell, sys.executable, STORED]
-        done = subprocess.run(
-            argv, env=environment, pass_fds=[null.fileno()], capture_output=True, text=True, check=True
-        )
-    assert json.loads(done.stdout) == [{"web1": [3, 5], "db": [4]}, {}, [False, False, False]]
-
-
-def test_descriptors_meant_for_another_process_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LISTEN_PID", "1")
-    monkeypatch.setenv("LISTEN_FDS", "1")
-    assert systemd.stored_fds() == {}

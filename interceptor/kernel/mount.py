@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from interceptor._native import ffi, lib
-from interceptor.errors import SyscallError, errno_name
+from interceptor.errors import SyscallError
 from interceptor.kernel.call import Path, c_fd, c_path, checked, owned
 from interceptor.kernel.fd import FdLike, OwnedFd
 from interceptor.kernel.flags import (
@@ -199,11 +199,6 @@ def mount_setattr(
     result = lib.ix_mount_setattr(c_fd(dirfd), c_path(path), flags, set_, clear, propagation, user)
     shown = (Shown(set_, MountAttr), Shown(clear, MountAttr), hex(propagation))
     checked(result, "mount_setattr", c_fd(dirfd), path, hex(flags), "{set, clr, propagation} =", *shown)
-
-
-def try_errno(error: SyscallError) -> str:
-    """The errno's name, for messages that explain."""
-    return errno_name(error.errno or 0)
 
 
 __all__ = [

@@ -23,7 +23,7 @@ T = TypeVar("T")
 #: ``pivot`` is in the container's first mount namespace, ``pivot-unshared`` in one of the attacker's own.
 CONTEXTS = ("plain", "chroot", "pivot", "pivot-unshared", "unshare", "nested")
 
-WORK = b"run/work"
+WORK = b"run/spot"
 _OLD = b"/run/old"
 
 

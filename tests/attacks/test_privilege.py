@@ -9,7 +9,6 @@ from __future__ import annotations
 import array
 import contextlib
 import ctypes
-import errno
 import os
 import re
 import select
@@ -289,13 +288,19 @@ class Hostile:
         """What the daemon answers to a question: the act, and the descriptors beside it."""
         record = {"type": lib.IX_MSG_ASK, "seq": 1 << 40, "hidepid": -1, "gid": 0xFFFFFFFF} | fields
         assert self.send(bytes(ffi.buffer(ffi.new("struct ix_ask *", record))), fds)
-        self.link.settimeout(PATIENCE)
-        while True:
+        # No time limit of the socket's: it would make the guard's end, which is the same, not wait.
+        while select.select([self.link], [], [], PATIENCE)[0]:
             data, received, _, _ = socket.recv_fds(self.link, ffi.sizeof("struct ix_answer"), 4)
             trees = [OwnedFd(fd) for fd in received]
             answer = ffi.from_buffer("struct ix_answer *", data.ljust(ffi.sizeof("struct ix_answer"), b"\0"))
             if answer.type == lib.IX_MSG_ANSWER and answer.seq == 1 << 40:
                 return int(answer.act), trees
+        raise TimeoutError("the daemon does not answer")
+
+
+def _all_stopped(pid: int) -> bool:
+    states = [Path(f"/proc/{pid}/task/{tid}/stat").read_text() for tid in os.listdir(f"/proc/{pid}/task")]
+    return all(state.rsplit(")", 1)[1].split()[0] == "T" for state in states)
 
 
 @contextlib.contextmanager
@@ -303,9 +308,12 @@ def taken_over(daemon: Interceptor, child: GuardedChild) -> Iterator[Hostile]:
     """A container's guard, played by this test."""
     eventually(lambda: guard_pid(daemon, child.cid) != 0, "a guard")
     with pidfd_open(guard_pid(daemon, child.cid)) as pidfd:
+        pid = guard_pid(daemon, child.cid)
         signal.pidfd_send_signal(pidfd.fileno(), signal.SIGSTOP)
+        # Until then its own thread may take the answers.
+        eventually(lambda: _all_stopped(pid), "a guard that is stopped")
         with socket.socket(fileno=pidfd_getfd(pidfd, LINK).take()) as link:
-            yield Hostile(guard_pid(daemon, child.cid), link)
+            yield Hostile(pid, link)
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd.fileno(), signal.SIGCONT)
 

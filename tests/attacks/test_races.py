@@ -55,7 +55,7 @@ def test_argument_memory(box: Box, context: str, what: str) -> None:
 @pytest.mark.parametrize("what", ["umount", "detach", "bind"])
 def test_parent_directory(box: Box, context: str, what: str) -> None:
     def attack(where: Where) -> tuple[int, int, int]:
-        one, two = where.work(b"one"), where.path(b"run/work/two")
+        one, two = where.work(b"one"), where.path(b"run/spot/two")
         os.makedirs(one + b"/sys")
         # As a link it is resolved where it stands.
         os.symlink(b"../../proc", two)

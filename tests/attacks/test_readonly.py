@@ -33,7 +33,7 @@ def places(where: Where, name: bytes) -> Iterator[bytes]:
     """The mount, and copies of it by either API."""
     yield where.path(name)
     for n, flags in enumerate((M.MS_BIND, M.MS_BIND | M.MS_REC)):
-        copy = where.path(b"run/work/%s-%d" % (name.replace(b"/", b"-"), n))
+        copy = where.path(b"run/spot/%s-%d" % (name.replace(b"/", b"-"), n))
         if os.path.isdir(where.path(name)):
             os.makedirs(copy, exist_ok=True)
         else:
@@ -44,7 +44,7 @@ def places(where: Where, name: bytes) -> Iterator[bytes]:
         # A guard that decides at random may have said 0 of nothing.
         if mount_id_at(copy) != before:
             yield copy
-    third = where.path(b"run/work/third")
+    third = where.path(b"run/spot/third")
     if os.path.isdir(where.path(name)):
         os.makedirs(third, exist_ok=True)
         rbind(where.path(name), third)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import errno
 import signal
+from collections.abc import Callable
+from typing import TypeVar
 
 import pytest
 
+from interceptor.kernel import mount as km
 from interceptor.library import Interceptor
 from tests import guarded as inside
 from tests.robust import support
 from tests.robust.support import COPY, MNT_DETACH, MS_BIND, NEW, Truth, stack_at
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
+
+T = TypeVar("T")
 
 #: Handled calls of each run.
 CALLS = 2000
@@ -21,7 +26,35 @@ CALLS = 2000
 INTERVAL = 0.001
 
 
-def _under_signals(restart: bool, calls: int) -> Truth:
+def _again(call: Callable[[], T]) -> T:
+    """A call that is made again while a signal breaks it off."""
+    while True:
+        try:
+            return call()
+        except OSError as error:
+            if error.errno != errno.EINTR:
+                raise
+
+
+def _by_descriptors(truth: Truth) -> None:
+    """A new procfs by fsopen, fsmount and move_mount, each of which is trapped."""
+    try:
+        with _again(lambda: km.fsopen(b"proc")) as context:
+            km.fsconfig(context, 6)
+            with _again(lambda: km.fsmount(context)) as tree:
+                truth.comes("move_mount", NEW, lambda: inside.errno_of(km.attach, tree, km.AT_FDCWD, NEW))
+        truth.goes("umount of what was moved there", NEW, lambda: inside.try_umount(NEW))
+        with _again(lambda: km.clone_mount(km.AT_FDCWD, b"/proc")) as tree:
+            truth.comes(
+                "move_mount of a clone", NEW, lambda: inside.errno_of(km.attach, tree, km.AT_FDCWD, NEW)
+            )
+        truth.goes("umount of a clone", NEW, lambda: inside.try_umount(NEW))
+    except OSError as error:
+        truth.wrong.append(f"call {truth.calls}: {error}")
+    truth.calls += 3
+
+
+def _under_signals(restart: bool, calls: int, by_descriptors: bool) -> Truth:
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.siginterrupt(signal.SIGALRM, not restart)
     truth = Truth()
@@ -30,8 +63,11 @@ def _under_signals(restart: bool, calls: int) -> Truth:
     signal.setitimer(signal.ITIMER_REAL, INTERVAL, INTERVAL)
     try:
         while truth.calls < calls and len(truth.wrong) < 20:
-            truth.new()
-            truth.bind()
+            if by_descriptors:
+                _by_descriptors(truth)
+            else:
+                truth.new()
+                truth.bind()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     if support.table() != before:
@@ -42,10 +78,13 @@ def _under_signals(restart: bool, calls: int) -> Truth:
     return truth
 
 
+@pytest.mark.parametrize("by_descriptors", [False, True], ids=["mount", "move_mount"])
 @pytest.mark.parametrize("restart", [True, False], ids=["SA_RESTART", "EINTR"])
-def test_a_call_under_a_storm_of_signals_counts_once(daemon: Interceptor, restart: bool) -> None:
+def test_a_call_under_a_storm_of_signals_counts_once(
+    daemon: Interceptor, restart: bool, by_descriptors: bool
+) -> None:
     with daemon.spawn(wait_killable=False) as child:
-        truth = child.run(_under_signals, restart, CALLS, timeout=120).value
+        truth = child.run(_under_signals, restart, CALLS, by_descriptors, timeout=120).value
         assert isinstance(truth, Truth)
         stats = daemon.request("stats", id=child.cid)
         print(
@@ -55,7 +94,7 @@ def test_a_call_under_a_storm_of_signals_counts_once(daemon: Interceptor, restar
         assert truth.calls >= CALLS
         # It was tried.
         assert stats["lost"] > 10
-        assert (truth.interrupted > 0) is not restart
+        assert by_descriptors or (truth.interrupted > 0) is not restart
 
 
 def _stacks(depth: int) -> tuple[list[int], int]:
