@@ -342,7 +342,13 @@ class Lifecycle:
 
     def _refuse_all(self, container: Container) -> None:
         """Closes every listener: the kernel then fails what is trapped with ENOSYS instead of letting it wait."""
-        for index, listener in list(container.listeners.items()):
+        for index in list(container.listeners):
+            self._refuse(container, index)
+
+    def _refuse(self, container: Container, index: int) -> None:
+        """Closes a listener. One that a guard made up is none of its container's."""
+        listener = container.listeners.get(index)
+        if listener is not None:
             self._hang_ups.forget(listener.fileno())
             self._listener_ended(container, index)
 
@@ -370,6 +376,7 @@ class Lifecycle:
             answer,
             container.listeners,
             lambda: self._persist(container),
+            lambda index: self._refuse(container, index),
             lambda: self._refuse_all(container),
         )
         self._supervisors[container.cid] = supervisor
@@ -421,6 +428,7 @@ class Lifecycle:
         material = self._material(baseline.plan, Shelf(self._shelf_path(record["cid"]), self._janitor))
         material.view = {(a.encode(), b.encode()): material.shelf.get(name) for a, b, name in record["views"]}
         material.bare = OrderedDict(((a, b), material.shelf.get(name)) for a, b, name in record["bares"])
+        material.find_bare()
         container = Container(
             cid=record["cid"],
             pid=record["pid"],

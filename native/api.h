@@ -93,7 +93,8 @@ enum ix_message {
 	IX_MSG_HELLO = 5,      /* daemon: a successor is here, ask again what is open */
 	IX_MSG_FACTS = 6,      /* daemon: struct ix_facts */
 	IX_MSG_ASK = 64,       /* guard: struct ix_ask */
-	IX_MSG_READY = 65      /* guard: the listener of index `value` is being served */
+	IX_MSG_READY = 65,     /* guard: the listener of index `value` is being served */
+	IX_MSG_REFUSED = 66    /* guard: there is no room for it; nobody will serve it */
 };
 
 enum ix_op {

@@ -102,7 +102,8 @@ static bool alive(int listener)
 	return poll(&p, 1, 0) >= 0 && !(p.revents & (POLLHUP | POLLNVAL | POLLERR));
 }
 
-static void serve_listener(uint32_t index, int *fd)
+/* Whether the listener is served: false where there is no room, of listeners or of slots, for it. */
+static bool take_listener(uint32_t index, int *fd)
 {
 	struct ix_guard_state *g = &ix_guard_state;
 	struct ix_listener *l = NULL;
@@ -111,10 +112,10 @@ static void serve_listener(uint32_t index, int *fd)
 		if (atomic_load(&at->receivers) == 0)
 			l = l ? l : at;
 		else if (at->index == index)
-			return;
+			return true;
 	}
-	if (*fd < 0 || !l || !alive(*fd))
-		return;
+	if (!l)
+		return false;
 	atomic_store(&l->receivers, 1);
 	l->fd = ix_take_fd(fd);
 	l->index = index;
@@ -130,10 +131,19 @@ static void serve_listener(uint32_t index, int *fd)
 		if (n->id != 0 && g->journal->slots[slot].listener == index && !atomic_exchange(&g->slot_taken[slot], 1))
 			ix_start_receiver(l, slot, true);
 	}
-	ix_start_receiver(l, -1, false);
+	bool served = ix_start_receiver(l, -1, false) == 0 || atomic_load(&l->receivers) > 1;
 	ix_release_listener(l);
-	struct ix_note ready = {.type = IX_MSG_READY, .value = index};
-	ix_link_send(&ready, sizeof(ready), NULL, 0);
+	return served;
+}
+
+static void serve_listener(uint32_t index, int *fd)
+{
+	/* One that is dead already needs no word: the daemon sees it hang up itself. */
+	if (*fd < 0 || !alive(*fd))
+		return;
+	/* Who refuses must say so: as long as anybody holds the listener, its callers wait. */
+	struct ix_note note = {.type = take_listener(index, fd) ? IX_MSG_READY : IX_MSG_REFUSED, .value = index};
+	ix_link_send(&note, sizeof(note), NULL, 0);
 }
 
 /* For kernels before 6.11, whose SECCOMP_IOCTL_NOTIF_RECV does not end with its last caller. */

@@ -206,3 +206,15 @@ def test_without_the_right_the_errno_is_the_kernels(real_guarded: GuardedChild) 
         )
 
     real_guarded.call(inside)
+
+
+def test_a_tree_that_could_not_be_attached_can_be_attached_elsewhere(real_guarded: GuardedChild) -> None:
+    def inside() -> tuple[int, int, list[bytes]]:
+        tree = mount.new_mount(b"proc", {})
+        failed = errno_of_call(lambda: mount.attach(tree, mount.AT_FDCWD, b"/tmp/none"))
+        done = errno_of_call(lambda: mount.attach(tree, mount.AT_FDCWD, place()))
+        raw = raw_below(PLACE)
+        mount.umount2(PLACE, 0)
+        return failed, done, raw
+
+    assert real_guarded.call(inside) == (errno.ENOENT, 0, [])

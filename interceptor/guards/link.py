@@ -70,6 +70,13 @@ class Ready:
     index: int
 
 
+@dataclass(frozen=True)
+class Refused:
+    """The guard has no room for the listener of this index."""
+
+    index: int
+
+
 @dataclass
 class Answer:
     """A verdict; ``tree`` is the composite handed over with SWAP, ATTACH and GIVE."""
@@ -170,7 +177,7 @@ class GuardLink:
             record.ids[i] = mount_id
         return self._send(bytes(ffi.buffer(record)), [answer.tree.fileno()] if answer.tree else None)
 
-    def receive(self) -> Ask | Ready | None:
+    def receive(self) -> Ask | Ready | Refused | None:
         """The next message; None at end of file.
 
         Raises `BlockingIOError` if there is none, `ProtocolError` for what a sound guard never sends.
@@ -191,11 +198,13 @@ class GuardLink:
         return _decode(data, fds)
 
 
-def _decode(data: bytes, fds: list[OwnedFd]) -> Ask | Ready:
+def _decode(data: bytes, fds: list[OwnedFd]) -> Ask | Ready | Refused:
     if len(data) == _NOTE_SIZE:
         note = ffi.from_buffer("struct ix_note *", data)
         if note.type == lib.IX_MSG_READY:
             return Ready(int(note.value))
+        if note.type == lib.IX_MSG_REFUSED:
+            return Refused(int(note.value))
     if len(data) != _ASK_SIZE:
         raise ProtocolError(f"a guard's message of {len(data)} bytes")
     record = ffi.from_buffer("struct ix_ask *", data)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from interceptor.errors import InterceptorError, ProtocolError
 from interceptor.guards.journal import Journal
 from interceptor.guards.keeper import Keeper
-from interceptor.guards.link import Answer, Ask, Facts, GuardLink, socket_pair
+from interceptor.guards.link import Answer, Ask, Facts, GuardLink, Refused, socket_pair
 from interceptor.kernel.fd import OwnedFd
 from interceptor.observe.log import get_logger
 
@@ -64,6 +64,7 @@ class Supervisor:
         answer: Callable[[Ask], Answer],
         listeners: Mapping[int, OwnedFd],
         changed: Callable[[], None],
+        refuse: Callable[[int], None],
         give_up: Callable[[], None],
     ) -> None:
         self.journal = journal
@@ -77,6 +78,7 @@ class Supervisor:
         self._answer = answer
         self._listeners = listeners
         self._changed = changed
+        self._refuse = refuse
         self._give_up = give_up
         self._deaths: deque[float] = deque(maxlen=DEATHS_MAX)
         self._loop = asyncio.get_running_loop()
@@ -143,6 +145,11 @@ class Supervisor:
                 return
             if isinstance(message, Ask):
                 self._reply(link, message)
+            elif isinstance(message, Refused):
+                self._log.error(
+                    "a guard has no room for a listener; its calls are refused", listener=message.index
+                )
+                self._refuse(message.index)
             else:
                 self._log.debug("a listener is being served", listener=message.index)
 

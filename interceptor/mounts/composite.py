@@ -64,6 +64,13 @@ class Material:
             self.shelf.drop(self.bare.pop(list(self.bare)[2]))
         return kept
 
+    def find_bare(self) -> None:
+        """Takes up the bare clones that a predecessor put on the shelf after it had left its record."""
+        known = {kept.path for kept in (*self.view.values(), *self.bare.values())}
+        for kept in self.shelf.all():
+            if kept.path not in known:
+                self.bare.setdefault(stat.statx(mount.AT_FDCWD, kept.path).dev, kept)
+
     def close(self) -> None:
         self.view.clear()
         self.bare.clear()

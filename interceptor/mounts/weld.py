@@ -273,6 +273,11 @@ class Shelf:
         """What a predecessor put there."""
         return Kept(os.path.join(self._path, name))
 
+    def all(self) -> list[Kept]:
+        """Everything that stands there, also what a predecessor has put."""
+        kept = [self.get(name) for name in sorted(os.listdir(self._path), key=int)]
+        return [k for k in kept if stat.statx(mount.AT_FDCWD, k.path).mount_root]
+
     def drop(self, kept: Kept) -> None:
         """Lets one tree go."""
         self._janitor.take(kept.path)

@@ -84,14 +84,15 @@ def test_a_call_under_a_storm_of_signals_counts_once(
     daemon: Interceptor, restart: bool, by_descriptors: bool
 ) -> None:
     with daemon.spawn(wait_killable=False) as child:
-        truth = child.run(_under_signals, restart, CALLS, by_descriptors, timeout=120).value
+        calls = CALLS // 2 if by_descriptors else CALLS
+        truth = child.run(_under_signals, restart, calls, by_descriptors, timeout=120).value
         assert isinstance(truth, Truth)
         stats = daemon.request("stats", id=child.cid)
         print(
             f"{truth.calls} calls, {truth.interrupted} of them EINTR, {stats['lost']} replies came too late"
         )
         assert truth.wrong == []
-        assert truth.calls >= CALLS
+        assert truth.calls >= calls
         # It was tried.
         assert stats["lost"] > 10
         assert by_descriptors or (truth.interrupted > 0) is not restart

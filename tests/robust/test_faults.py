@@ -113,6 +113,23 @@ def test_a_question_waits_for_the_next_daemon(daemon: Interceptor, stop: str) ->
             assert third.run(calls, go, said, pass_fds=[go, said]).value == []
 
 
+@pytest.mark.parametrize("fstype", [b"proc", b"sysfs"])
+def test_copies_of_what_was_mounted_before_go_after_a_restart(
+    daemon: Interceptor, child: GuardedChild, fstype: bytes
+) -> None:
+    """The next daemon finds what it takes to make a composite like it anew."""
+    cover = {b"proc": b"/mnt/sys", b"sysfs": b"/mnt/kernel"}[fstype]
+
+    def copied() -> tuple[int, list[bytes], int]:
+        return inside.try_umount(cover), inside.raw_below(b"/mnt"), inside.try_umount(b"/mnt")
+
+    for stop in ("kill", "terminate"):
+        assert child.call(inside.try_mount, b"x", b"/mnt", fstype) == 0
+        getattr(daemon, stop)()
+        daemon.start()
+        assert child.call(copied) == (0, [], 0)
+
+
 @pytest.mark.slow
 def test_a_loop_of_calls_sees_nothing_of_ten_daemons(daemon: Interceptor) -> None:
     with daemon.spawn() as child, pipe() as (progress, theirs):

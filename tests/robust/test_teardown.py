@@ -20,6 +20,9 @@ from tests.robust.support import Truth, eventually, family, holdings, settles_at
 
 pytestmark = pytest.mark.root
 
+#: What a guard serves at most (native/guard.h).
+LISTENERS = 192
+
 
 def _work(rounds: int) -> list[str]:
     truth = Truth()
@@ -231,3 +234,21 @@ def test_a_container_without_a_listener_is_told_of_and_kept(leak_check: None) ->
             assert known.keys() == {guarded.cid, "alone"}
             assert known[guarded.cid] == 1
         assert _warnings(daemon) == ["alone"]
+
+
+@pytest.mark.slow
+def test_a_listener_too_many_is_closed(daemon: Interceptor) -> None:
+    """Its calls fail, and nobody waits for ever; those that have a listener are served (I7)."""
+    runtime = KeepsTheListener(daemon)
+    before = _used(daemon)
+    with spawn(runtime, None) as child:
+        runtime.hand_over = daemon.hand_over
+        ((state, listener),) = runtime.kept
+        with OwnedFd(listener) as first:
+            for _ in range(LISTENERS):
+                daemon.hand_over(state, first)
+            eventually(lambda: daemon.request("ps")[0]["listeners"] == LISTENERS, "as many as a guard serves")
+            assert child.call(inside.try_umount, b"/proc/sys") == errno.ENOSYS
+            assert daemon.request("ps")[0]["listeners"] == LISTENERS
+    daemon.request("poststop", state=child.state("stopped"))
+    settles_at(daemon, before)
