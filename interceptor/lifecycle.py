@@ -372,7 +372,7 @@ class Lifecycle:
             },
             container.userns,
             journal,
-            _facts(container.baseline),
+            lambda: _facts(container.baseline),
             answer,
             container.listeners,
             lambda: self._persist(container),

@@ -60,7 +60,7 @@ class Supervisor:
         config: Mapping[str, int],
         userns: OwnedFd,
         journal: Journal,
-        facts: Facts,
+        facts: Callable[[], Facts],
         answer: Callable[[Ask], Answer],
         listeners: Mapping[int, OwnedFd],
         changed: Callable[[], None],
@@ -94,7 +94,7 @@ class Supervisor:
         self._take(link, forked.pid, forked.pidfd)
         # Kept before it is at work: two guards on one journal would be in each other's way.
         self._changed()
-        link.send_facts(self._facts)
+        link.send_facts(self._facts())
         for index, listener in self._listeners.items():
             link.send_listener(index, listener.fileno())
 
@@ -103,7 +103,7 @@ class Supervisor:
         self._take(link, pid, pidfd)
         # The configuration may have changed since its verdicts were given.
         link.flush()
-        link.send_facts(self._facts)
+        link.send_facts(self._facts())
         link.hello()
         # The predecessor may have died before it had sent them all; the guard passes over those that it has.
         for index, listener in self._listeners.items():
