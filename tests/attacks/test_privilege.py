@@ -430,7 +430,7 @@ def _asks(draw: st.DrawFn) -> bytes:
     record.op = draw(st.one_of(_OPS, _WORD))
     for name in ("seq", "mnt_id", "flags"):
         setattr(record, name, draw(_LONG))
-    for name in ("kind", "subset_pid", "gid", "spare"):
+    for name in ("kind", "subset_pid", "gid", "sb_flags"):
         setattr(record, name, draw(_WORD))
     record.tid = draw(st.integers(-(2**31), 2**31 - 1))
     record.hidepid = draw(st.one_of(st.integers(-2, 6), st.integers(-(2**31), 2**31 - 1)))
@@ -474,7 +474,10 @@ def test_no_record_of_a_guard_harms_another_container(daemon: Interceptor, other
     """Nor the daemon: at most the guard is replaced, and after twenty of them its own container is given up."""
     originals = other.call(inside.originals)
 
-    @settings(max_examples=60, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=1000 if os.environ.get("INTERCEPTOR_LONG") == "1" else 40,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(st.lists(st.tuples(RECORDS, FDS), min_size=1, max_size=6))
     def send(messages: list[tuple[bytes, list[int]]]) -> None:
         with daemon.spawn() as child, contextlib.ExitStack() as stack:
