@@ -56,7 +56,15 @@ class ViewKeeping:
         ``containers`` says what a successor is told: orders to add, each with an envoy's socket.
         """
         self._containers = containers
-        self._options = ["--state", os.path.join(root, "state"), "--log-level", log_level]
+        place = os.path.join(root, "view")
+        self._options = [
+            "--mountpoint",
+            place,
+            "--state",
+            os.path.join(root, "state"),
+            "--log-level",
+            log_level,
+        ]
         if not host_writes:
             self._options.append("--no-host-writes")
         self._selector = selector
@@ -64,12 +72,11 @@ class ViewKeeping:
         self._ending = False
         self.pid = 0
         self.device = os.open("/dev/fuse", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-        place = os.path.join(root, "view").encode()
         result = lib.ix_mount(
-            b"interceptor", place, b"fuse.interceptor", VIEW_FLAGS, view_options(self.device)
+            b"interceptor", place.encode(), b"fuse.interceptor", VIEW_FLAGS, view_options(self.device)
         )
         if result < 0:
-            raise OSError(-result, f"mount on {place.decode()}: {os.strerror(-result)}")
+            raise OSError(-result, f"mount on {place}: {os.strerror(-result)}")
         self.control, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def start(self, adds: Adds) -> socket.socket:

@@ -12,7 +12,7 @@ from interceptor.errors import InterceptorError
 from interceptor.kernel.fd import OwnedFd
 from interceptor.packets import receive_packet, send_packet
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 5.0
 """How long an answer may take; the view may be started anew meanwhile, and then finds the order."""
 
 
@@ -26,17 +26,25 @@ class ViewClient:
     def __init__(self, fd: OwnedFd) -> None:
         self._sock = socket.socket(fileno=fd.take())
         self._numbers = itertools.count(time.monotonic_ns())
-        self._order({"op": "ping"})
 
     def _order(self, message: dict[str, Any], fds: list[int] | None = None) -> None:
-        number = next(self._numbers)
         try:
-            send_packet(self._sock, message | {"n": number}, fds)
-            reply = self._answer(number)
+            reply = self._answer(self._send(message, fds))
         except (OSError, ValueError) as error:
             raise InterceptorError(f"the view does not answer: {error}", "restart the service") from error
         if not reply.get("ok"):
             raise InterceptorError(f"the view could not {message['op']}: {reply.get('error')}")
+
+    def _send(self, message: dict[str, Any], fds: list[int] | None = None) -> int:
+        """Sends an order without waiting for room or answer; its number."""
+        while select.select([self._sock], [], [], 0)[0]:
+            if receive_packet(self._sock)[0] is None:  # else to a question that nobody asks any more
+                raise InterceptorError("the view is gone", "restart the service")
+        if not select.select([], [self._sock], [], 0)[1]:
+            raise InterceptorError("the view takes no orders", "see the log of the view")
+        number = next(self._numbers)
+        send_packet(self._sock, message | {"n": number}, fds)
+        return number
 
     def _answer(self, number: int) -> dict[str, Any]:
         # Not by a timeout of the socket, which others hold too and which it would make non-blocking.
@@ -54,8 +62,11 @@ class ViewClient:
         self._order(message, [envoy])
 
     def remove(self, cid: str) -> None:
-        """The container is gone."""
-        self._order({"op": "remove", "id": cid})
+        """The container is gone. Nobody waits for the answer: an end must not depend on the view."""
+        try:
+            self._send({"op": "remove", "id": cid})
+        except (OSError, ValueError) as error:
+            raise InterceptorError(f"the view does not answer: {error}", "restart the service") from error
 
 
 def add_order(cid: str, *, uid: int, gid: int, created_ns: int, groups: int, userns: int) -> dict[str, Any]:

@@ -141,7 +141,8 @@ class Server:
             packet, fds = _receive(sock)
             if packet:
                 answer = self._answer(packet, fds)
-                sock.send(answer)
+                with contextlib.suppress(BlockingIOError):  # nobody has read the last ones
+                    sock.send(answer)
                 _, again = _receive(sock, peek=False)
                 for fd in again:
                     os.close(fd)
@@ -286,6 +287,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device-fd", required=True, type=int, help="a mounted connection to /dev/fuse")
     parser.add_argument("--control-fd", required=True, type=int, help="a SOCK_SEQPACKET unix socket")
     parser.add_argument("--boot-fd", required=True, type=int, help="another, for the first orders")
+    parser.add_argument(
+        "--mountpoint", metavar="DIR", help="not used: says whose it is in a list of processes"
+    )
     parser.add_argument("--state", metavar="DIR", help="where to keep what a successor needs")
     parser.add_argument("--no-host-writes", action="store_true", help="never raise a value of the host")
     parser.add_argument("--envoy-timeout", type=float, default=TIME_LIMIT_S, metavar="SECONDS")
