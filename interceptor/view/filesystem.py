@@ -185,10 +185,12 @@ class View:
         owner = inode.container.owner if inode.container is not None else None
         return Caller(request.uid, request.gid, lambda: self._host.credentials(request.pid), owner)
 
-    async def _require(self, inode: Inode, request: Request, mask: int) -> None:
+    async def _require(
+        self, inode: Inode, request: Request, mask: int, caller: Caller | None = None
+    ) -> None:
         """`NodeError` if the caller may not: EACCES, or what the row refuses even its root with."""
         attr = inode.attr or await self._refresh(inode)
-        caller = self._caller(inode, request)
+        caller = caller or self._caller(inode, request)
         rights = inode.row.rights if inode.row is not None else Rights.FILE
         owner = inode.container.owner if inode.container is not None else None
         refusal = inode.row.refusal if inode.row is not None else None
@@ -198,8 +200,13 @@ class View:
             raise NodeError(errno.EACCES)
 
     async def access(self, request: Request) -> bytes:
-        mask = wire.number_32(request.body)
-        await self._require(self.inodes.get(request.node), request, mask & (READ | WRITE | EXECUTE))
+        """access(2) asks for the real user, who has the capabilities only if it is root (access_override_creds)."""
+        inode = self.inodes.get(request.node)
+        mask = wire.number_32(request.body) & (READ | WRITE | EXECUTE)
+        caller = self._caller(inode, request)
+        if not caller.is_root:
+            caller.give_up_capabilities()
+        await self._require(inode, request, mask, caller)
         return b""
 
     # Files

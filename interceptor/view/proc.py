@@ -113,7 +113,7 @@ _KERNEL = (
     cached(b"sys/kernel/ngroups_max"),
     own(b"sys/kernel/pid_max", ints(1, 4194304)),
     own(b"sys/kernel/threads-max", ints(1, INT_MAX)),
-    own(b"sys/kernel/sysrq", ints(0, 511)),
+    own(b"sys/kernel/sysrq", ints(0, 511), default=b"1\n"),
     own(b"sys/kernel/kptr_restrict", ints(0, 2), capability=ADMIN),
     own(b"sys/kernel/dmesg_restrict", ints(0, 1), capability=ADMIN),
     own(b"sys/kernel/panic", ints()),

@@ -30,6 +30,11 @@ class Caller:
     def _credentials(self) -> Credentials:
         return self._look_up()
 
+    def give_up_capabilities(self) -> None:
+        """From here on it has its ids and groups only."""
+        look_up = self._look_up
+        self._look_up = lambda: look_up()._replace(capabilities=0)
+
     @property
     def is_host_root(self) -> bool:
         """The initial root. Nothing in a container is."""

@@ -86,25 +86,24 @@ def ints(low: int = INT_MIN, high: int = INT_MAX, *, count: int = 1) -> Check:
             values[index : index + 1] = [b"%d" % value]
             at += length
         at = _skip_spaces(text, at)
-        return Accepted(b"\t".join(values[:count]) + b"\n", at)
+        return Accepted(b"\t".join(values[:count]) + b"\n", len(data) - (len(text) - at))
 
     return check
 
 
 def ulong(low: int = 0, high: int = ULONG_MAX) -> Check:
-    """proc_doulongvec_minmax with one number. A negative one is passed over, which changes nothing."""
+    """proc_doulongvec_minmax with one number."""
 
-    def check(_owner: Owner, current: bytes, data: bytes) -> Accepted:
+    def check(_owner: Owner, _current: bytes, data: bytes) -> Accepted:
         text = data[: PAGE_SIZE - 1]
         at = _skip_spaces(text, 0)
         if at == len(text):
             raise NodeError(errno.EINVAL)
         value, length = _number(text[at:])
-        if text[at : at + 1] == b"-":
-            return Accepted(current, _skip_spaces(text, at + length))
-        if not low <= value <= high:
+        if text[at : at + 1] == b"-" or not low <= value <= high:
             raise NodeError(errno.EINVAL)
-        return Accepted(b"%d\n" % value, _skip_spaces(text, at + length))
+        at = _skip_spaces(text, at + length)
+        return Accepted(b"%d\n" % value, len(data) - (len(text) - at))
 
     return check
 
