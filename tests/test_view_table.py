@@ -47,7 +47,7 @@ def view(boxes: list[Sandbox]) -> Iterator[ViewProcess]:
 def host_values() -> dict[str, str]:
     """The host's `sysctl -a`, without what changes by itself."""
     text = subprocess.run(["sysctl", "-a"], capture_output=True, text=True, check=False).stdout
-    moving = ("random.", "-nr", "-state", "entropy", "ns_last_pid", "pty.nr", "nf_conntrack_count", "file-nr")
+    moving = ("random.", "fs.quota.", "-nr", "-state", "entropy", "ns_last_pid", "pty.nr", "nf_conntrack_count", "file-nr")
     lines = [line.split(" = ", 1) for line in text.splitlines() if " = " in line]
     return {name: value for name, value in lines if not any(word in name for word in moving)}
 

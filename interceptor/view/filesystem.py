@@ -185,9 +185,7 @@ class View:
         owner = inode.container.owner if inode.container is not None else None
         return Caller(request.uid, request.gid, lambda: self._host.credentials(request.pid), owner)
 
-    async def _require(
-        self, inode: Inode, request: Request, mask: int, caller: Caller | None = None
-    ) -> None:
+    async def _require(self, inode: Inode, request: Request, mask: int, caller: Caller | None = None) -> None:
         """`NodeError` if the caller may not: EACCES, or what the row refuses even its root with."""
         attr = inode.attr or await self._refresh(inode)
         caller = caller or self._caller(inode, request)

@@ -211,10 +211,15 @@ _NET = (
     network(b"sys/net/core/bpf_jit_enable", ints(0, 2)),
     network(b"sys/net/core/bpf_jit_harden", ints(0, 2)),
     real(b"sys/net/ipv4/ping_group_range", check=group_range, cache_s=10, rights=NETWORK),
+    # Network namespaces but the initial one have no defaults for neighbours at all.
+    some_directory(b"sys/net/ipv4/neigh/default", NETWORK),
+    some_directory(b"sys/net/ipv6/neigh/default", NETWORK),
     *(
-        network(b"sys/net/ipv%s/neigh/default/gc_thresh%d" % (version, number), ints(0, INT_MAX))
+        network(
+            b"sys/net/ipv%s/neigh/default/gc_thresh%d" % (version, number), ints(0, INT_MAX), default=default
+        )
         for version in (b"4", b"6")
-        for number in (1, 2, 3)
+        for number, default in ((1, b"128\n"), (2, b"512\n"), (3, b"1024\n"))
     ),
     # kube-proxy in ipvs mode. Network namespaces of other user namespaces have none of them (ip_vs_control_net_init).
     some_directory(b"sys/net/ipv4/vs", NETWORK),
