@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,17 @@ def view(boxes: list[Sandbox]) -> Iterator[ViewProcess]:
 def host_values() -> dict[str, str]:
     """The host's `sysctl -a`, without what changes by itself."""
     text = subprocess.run(["sysctl", "-a"], capture_output=True, text=True, check=False).stdout
-    moving = ("random.", "fs.quota.", "-nr", "-state", "entropy", "ns_last_pid", "pty.nr", "nf_conntrack_count", "file-nr")
+    moving = (
+        "random.",
+        "fs.quota.",
+        "-nr",
+        "-state",
+        "entropy",
+        "ns_last_pid",
+        "pty.nr",
+        "nf_conntrack_count",
+        "file-nr",
+    )
     lines = [line.split(" = ", 1) for line in text.splitlines() if " = " in line]
     return {name: value for name, value in lines if not any(word in name for word in moving)}
 
@@ -107,10 +118,9 @@ def test_every_own_value_is_kept_through_a_restart_and_is_nobody_elses(
 
 def test_values_begin_as_the_hosts(view: ViewProcess, boxes: list[Sandbox]) -> None:
     for path in ("kernel/cap_last_cap", "kernel/ngroups_max"):
-        assert view.run(lambda path=path: read(node(f"proc/sys/{path}")), boxes[0]) == read(
-            f"/proc/sys/{path}"
-        )
-        assert view.run(lambda path=path: outcome(write, node(f"proc/sys/{path}"), "1"), boxes[0]) == "EACCES"
+        where = node(f"proc/sys/{path}")
+        assert view.run(partial(read, where), boxes[0]) == read(f"/proc/sys/{path}")
+        assert view.run(partial(outcome, write, where, "1"), boxes[0]) == "EACCES"
 
 
 # Raising the host's
@@ -126,7 +136,7 @@ def test_host_is_raised_never_lowered_and_only_if_it_may_be() -> None:
             process = ViewProcess(*options)
             process.add(box)
             for value in (before + 1, before - 1):
-                process.run(lambda value=value: write(node(f"proc/sys/{path}"), f"{value}\n"), box)
+                process.run(partial(write, node(f"proc/sys/{path}"), f"{value}\n"), box)
                 seen.append(int(read(f"/proc/sys/{path}")) - before)
                 assert process.run(lambda: read(node(f"proc/sys/{path}")), box) == f"{value}\n"
             process.stop()
@@ -153,14 +163,14 @@ def test_random_nodes(view: ViewProcess, boxes: list[Sandbox]) -> None:
     assert view.run(lambda: both("boot_id")) == [one, again, elsewhere]
     for name in ("uuid", "boot_id"):
         path = node(f"proc/sys/kernel/random/{name}")
-        assert view.run(lambda path=path: outcome(write, path, "x"), boxes[0]) == "EPERM"
-        assert view.run(lambda path=path: outcome(write, path, "x"), boxes[0], uid=1000) == "EACCES"
+        assert view.run(partial(outcome, write, path, "x"), boxes[0]) == "EPERM"
+        assert view.run(partial(outcome, write, path, "x"), boxes[0], uid=1000) == "EACCES"
 
 
 def test_innards_of_the_hosts_kernel_are_empty_directories(view: ViewProcess, boxes: list[Sandbox]) -> None:
     for name in ("config", "debug", "tracing", "security"):
         path = node(f"sys/kernel/{name}")
-        assert view.run(lambda path=path: [os.listdir(path), os.path.isdir(path)], boxes[0]) == [[], True]
+        assert view.run(partial(os.listdir, path), boxes[0]) == []
     assert view.run(lambda: outcome(write, node("sys/kernel/mm/ksm/run"), "1"), boxes[0]) == "EPERM"
 
 

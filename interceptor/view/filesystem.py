@@ -115,6 +115,7 @@ class View:
         inode = self.inodes.intern(container, base, path, row, stat.S_IFMT(attr.mode))
         inode.attr = attr
         inode.stored = stored
+        inode.attr_until = time.monotonic() + _attr_cache_s(inode)
         return inode
 
     def _resolve(self, parent: Inode, name: bytes) -> tuple[Container, Base | None, bytes, Row | None]:
@@ -147,11 +148,15 @@ class View:
         else:
             looked = await self._look(inode.container, inode.base, inode.path, inode.row)
             inode.attr, inode.stored = looked
+            inode.attr_until = time.monotonic() + _attr_cache_s(inode)
         return inode.attr
 
     async def getattr(self, request: Request) -> bytes:
         inode = self.inodes.get(request.node)
-        attr = await self._refresh(inode)
+        attr = inode.attr
+        # Every read has the kernel ask again, for the time of access, which nobody keeps here.
+        if attr is None or time.monotonic() >= inode.attr_until:
+            attr = await self._refresh(inode)
         return wire.attributes(inode.number, attr, _attr_cache_s(inode))
 
     async def setattr(self, request: Request) -> bytes:
@@ -332,22 +337,24 @@ class View:
         inode = self.inodes.get(request.node)
         arguments = wire.io(request.body)
         named = ((id.encode(), container) for id, container in self.containers.items())
-        page = await Listing(inode, self._table, named).page(arguments.offset)
+        listing = Listing(inode, self._table, named)
+        pages = await listing.page(arguments.offset)
+        while pages and sum(_room(entry, plus) for entry in pages) < arguments.size:
+            following = await listing.page(pages[-1].cookie)
+            if not following:
+                break
+            pages += following
         # From here on nothing waits and nothing fails: what was handed over counts as looked up.
         parts: list[bytes] = []
         room = arguments.size
-        for entry in page:
-            part = self._listed(inode, entry, plus, room)
-            if part is None:
+        for entry in pages:
+            room -= _room(entry, plus)
+            if room < 0:
                 break
-            parts.append(part)
-            room -= len(part)
+            parts.append(self._listed(inode, entry, plus))
         return b"".join(parts)
 
-    def _listed(self, directory: Inode, entry: Listed, plus: bool, room: int) -> bytes | None:
-        needed = (152 if plus else 24) + (len(entry.name) + 7 & ~7)
-        if needed > room:
-            return None
+    def _listed(self, directory: Inode, entry: Listed, plus: bool) -> bytes:
         mode, cookie = entry.attr.mode, entry.cookie
         if entry.is_dot or entry.container is None:
             known, number = None, directory.number
@@ -396,6 +403,11 @@ class View:
         raise NodeError(errno.EPERM)
 
 
+def _room(entry: Listed, plus: bool) -> int:
+    """Bytes that an entry takes in a listing (FUSE_DIRENTPLUS_SIZE, FUSE_DIRENT_SIZE)."""
+    return (152 if plus else 24) + (len(entry.name) + 7 & ~7)
+
+
 def _of_container(inode: Inode) -> tuple[Container, Base, Row]:
     if inode.container is None or inode.base is None or inode.row is None:
         raise NodeError(errno.EISDIR)
@@ -415,5 +427,5 @@ def _attr_cache_s(inode: Inode) -> int:
 def _entry(inode: Inode) -> bytes:
     assert inode.attr is not None
     # A container's directory has no row: whether the container is still served must be asked each time.
-    name_s = inode.row.cache_s if inode.row is not None else 0
+    name_s = inode.row.name_cache_s(inode.path) if inode.row is not None else 0
     return wire.entry(inode.number, inode.attr, name_s, _attr_cache_s(inode))

@@ -42,6 +42,8 @@ class Inode:
     """As last seen; rights are judged by it."""
     stored: bool = False
     """Whether the container's own value is meant, and not the real node. Valid once `attr` is known."""
+    attr_until: float = 0.0
+    """Until when, by the monotonic clock, `attr` may be given out again."""
 
 
 class Ledger:

@@ -126,6 +126,10 @@ class Capability(Enum):
     CHECKPOINT_RESTORE = 40
 
 
+_LASTING = frozenset({b"all", b"default", b"lo"})
+"""What every network namespace has as long as it lives."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One node, or with a real source one node and all below it."""
@@ -140,6 +144,8 @@ class Row:
     """Files belong to the container's root, whatever the real ones say."""
     cache_s: int = 0
     """How many seconds the kernel may take names and attributes for granted; 0 where they can go unseen."""
+    by_device: bool = False
+    """Names right below are those of network devices, which come and go unseen: they are asked for each time."""
     rights: Rights = Rights.FILE
     capability: Capability | None = None
     """What a writer must have, too, or hear EPERM."""
@@ -171,6 +177,14 @@ class Row:
         """Whether the container may have a value of its own here."""
         return isinstance(self.source, Stored)
 
+    def name_cache_s(self, path: bytes) -> int:
+        """How many seconds the kernel may take the name at ``path``, which this row stands for, for granted."""
+        if self.by_device:
+            directory, _, name = path.rpartition(b"/")
+            if directory == self.path and name not in _LASTING:
+                return 0
+        return self.cache_s
+
     def is_fixed_at(self, path: bytes) -> bool:
         """Whether the attributes at ``path``, which this row stands for, are the row's own."""
         return self.mode is not None and path == self.path
@@ -188,6 +202,7 @@ def real(
     effect: Effect = Effect.REAL,
     rooted: bool = False,
     cache_s: int = 0,
+    by_device: bool = False,
     rights: Rights = Rights.FILE,
     refusal: int | None = None,
 ) -> Row:
@@ -200,6 +215,7 @@ def real(
         effect=effect,
         rooted=rooted,
         cache_s=cache_s,
+        by_device=by_device,
         rights=rights,
         refusal=refusal,
     )

@@ -262,11 +262,11 @@ _NET = (
     # The same value by its old name, which sysctl.d files still use.
     network(b"sys/net/nf_conntrack_max", ints(0, INT_MAX), effect=RAISE),
     # Named after network devices, which come and go.
-    real(b"sys/net/ipv4/conf", rights=NETWORK),
-    real(b"sys/net/ipv4/neigh", rights=NETWORK),
-    real(b"sys/net/ipv6/conf", rights=NETWORK),
-    real(b"sys/net/ipv6/neigh", rights=NETWORK),
-    real(b"sys/net/mpls/conf", rights=NETWORK),
+    real(b"sys/net/ipv4/conf", cache_s=10, by_device=True, rights=NETWORK),
+    real(b"sys/net/ipv4/neigh", cache_s=10, by_device=True, rights=NETWORK),
+    real(b"sys/net/ipv6/conf", cache_s=10, by_device=True, rights=NETWORK),
+    real(b"sys/net/ipv6/neigh", cache_s=10, by_device=True, rights=NETWORK),
+    real(b"sys/net/mpls/conf", cache_s=10, by_device=True, rights=NETWORK),
     # The rest of it is the container's network namespace's.
     real(b"sys/net", cache_s=10, rights=NETWORK),
 )

@@ -100,7 +100,8 @@ def test_killed_view_is_back_within_a_second_with_all_values(daemon: Interceptor
             assert set(found["errors"]) <= {errno.EIO}, "what was in flight fails clearly"
             assert found["same mounts"]
             assert found["longest"] < OUTAGE_S
-        assert daemon.spawn().run(_read, "/proc/swaps").value.startswith("Filename")  # type: ignore[union-attr]
+        another = stack.enter_context(daemon.spawn())
+        assert str(another.run(_read, "/proc/swaps").value).startswith("Filename")
 
 
 def _drain(fd: int) -> None:
