@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import select
 import signal
@@ -17,8 +16,8 @@ from interceptor.config import Config
 from interceptor.containers.prepared import Preparations
 from interceptor.containers.registry import Container, Registry, baseline_of, to_record
 from interceptor.containers.setup import Builder, Site
-from interceptor.containers.spec import Bundle, host_id_of_root, read_bundle
-from interceptor.errors import ContainerError, InterceptorError, SyscallError
+from interceptor.containers.spec import Bundle, host_id_of_root, mapped_ids, read_bundle
+from interceptor.errors import ContainerError, InterceptorError
 from interceptor.guards.journal import Journal
 from interceptor.guards.keeper import Forked, Keeper
 from interceptor.guards.link import Answer, Ask, Facts, adopt
@@ -35,7 +34,7 @@ from interceptor.mounts.weld import Bench, Janitor, Kept, Shelf, Welder
 from interceptor.observe.log import get_logger
 from interceptor.oci.state import ContainerProcessState, State
 from interceptor.verdicts import Answerer
-from interceptor.view.client import ViewClient
+from interceptor.view.client import ViewClient, add_order
 
 _GUARD_MODES = {"real": 0, "continue": 1, "random": 2}
 _VIEW_PATHS = [(b"proc", p) for p in VIEW_PROC] + [(b"sysfs", p) for p in VIEW_SYS]
@@ -53,7 +52,7 @@ class Lifecycle:
         self._hang_ups = HangUps(self._loop)
         self._log = get_logger()
         root = keeper.workshop_root
-        self._view_root = os.path.join(root, "view")
+        self._view_device = stat.statx(mount.AT_FDCWD, os.path.join(root, "view")).dev
         self._view = ViewClient(keeper.view)
         self._janitor = Janitor()
         staging = os.path.join(root, "weld")
@@ -209,9 +208,20 @@ class Lifecycle:
             forked = self._keeper.fork_envoy(
                 theirs.fileno(), proc.fileno(), sys_.fileno(), pidfd.fileno(), joined
             )
+            order = add_order(
+                state.id,
+                uid=uid,
+                gid=gid,
+                created_ns=created_ns,
+                groups=mapped_ids(state.pid, "gid_map"),
+                userns=os.fstat(userns.fileno()).st_ino,
+            )
             try:
-                self._view.add(state.id, uid, gid, created_ns, ours.fileno())
+                # First with the keeper: a successor of the view's server must know all that this one does.
+                self._keeper.store(f"v/{state.id}", order, [ours.fileno()])
+                self._view.add(order, ours.fileno())
             except InterceptorError:
+                self._keeper.forget(f"v/{state.id}")
                 _kill(forked.pidfd)
                 raise
         return forked
@@ -223,21 +233,18 @@ class Lifecycle:
         return os.path.join(self._keeper.workshop_root, "shelf", cid)
 
     def _keep_view(self, cid: str, material: Material) -> None:
-        for fstype, path in _VIEW_PATHS:
-            place = os.path.join(
-                self._view_root, cid, "proc" if fstype == b"proc" else "sys", os.fsdecode(path)
-            )
-            try:
-                part = mount.clone_mount(mount.AT_FDCWD, place)
-            except SyscallError as error:
-                if error.errno != errno.ENOENT:
-                    raise
-                continue  # the machine has no such node: /sys/module/nf_conntrack without the module
+        places = {
+            f"{cid}/{'proc' if fstype == b'proc' else 'sys'}/{os.fsdecode(path)}": (fstype, path)
+            for fstype, path in _VIEW_PATHS
+        }
+        # What is left out the machine does not have: /sys/module/nf_conntrack without the module.
+        for place, part in self._keeper.view_parts(list(places)).items():
             mount.mount_setattr(part, set_=HARDENED)
-            material.view[fstype, path] = material.shelf.put(part)
+            material.view[places[place]] = material.shelf.put(part)
 
     def _end_envoy(self, cid: str, pidfd: OwnedFd) -> None:
         _kill(pidfd)
+        self._keeper.forget(f"v/{cid}")
         try:
             self._view.remove(cid)
         except InterceptorError as error:
@@ -356,7 +363,7 @@ class Lifecycle:
         def answer(ask: Ask) -> Answer:
             return self._answerer.answer(container, ask)
 
-        view = stat.statx(mount.AT_FDCWD, self._view_root).dev
+        view = self._view_device
         shield = self._composer.shields.dev
         supervisor = Supervisor(
             container.cid,

@@ -15,7 +15,7 @@
 #include <dirent.h>
 #include <poll.h>
 
-enum { OP_GETATTR = 1, OP_LIST, OP_READ, OP_WRITE, OP_READLINK, OP_OPEN };
+enum { OP_GETATTR = 1, OP_LIST, OP_READ, OP_WRITE, OP_READLINK, OP_OPEN, OP_SETHOSTNAME, OP_SETDOMAINNAME };
 enum { BASE_PROC, BASE_SYS, BASES };
 enum { ENVOY_PATH_MAX = 4095, ENVOY_DATA_MAX = 65536, DENTS_MAX = 8192 };
 
@@ -248,6 +248,17 @@ static int op_open(int base)
 	return fd < 0 ? fd : 0;
 }
 
+/* The nodes of these names take writes from the initial root alone; the system calls ask for a capability. */
+static int op_setname(int op, const char *name, size_t len)
+{
+	return ix_result(op == OP_SETHOSTNAME ? sethostname(name, len) : setdomainname(name, len));
+}
+
+static int has_data(int op)
+{
+	return op == OP_WRITE || op == OP_SETHOSTNAME || op == OP_SETDOMAINNAME;
+}
+
 static int serve(const int *bases, size_t received)
 {
 	size_t len = in.head.path_len, body = received - sizeof(in.head);
@@ -257,7 +268,7 @@ static int serve(const int *bases, size_t received)
 	if (len > ENVOY_PATH_MAX || len > body || in.head.base >= BASES || in.head.flags ||
 	    memchr(in.rest, '\0', len))
 		return -EINVAL;
-	if (body - len > (in.head.op == OP_WRITE ? ENVOY_DATA_MAX : 0))
+	if (body - len > (has_data(in.head.op) ? ENVOY_DATA_MAX : 0))
 		return -EINVAL;
 	memcpy(path, len ? in.rest : ".", len ? len : 1);
 	path[len ? len : 1] = '\0';
@@ -276,6 +287,9 @@ static int serve(const int *bases, size_t received)
 		return op_readlink(base);
 	case OP_OPEN:
 		return op_open(base);
+	case OP_SETHOSTNAME:
+	case OP_SETDOMAINNAME:
+		return op_setname(in.head.op, in.rest + len, body - len);
 	default:
 		return -EINVAL;
 	}

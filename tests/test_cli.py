@@ -87,7 +87,7 @@ def test_help_loads_nothing_heavy() -> None:
         "structlog",
         "msgspec",
         "pyroute2",
-        "trio",
+        "interceptor.view",
         "interceptor._native",
         "interceptor.daemon",
     }

@@ -246,12 +246,6 @@ def events() -> dict[str, str]:
 def test_log_table_has_every_event_at_its_level() -> None:
     text = re.sub(r"\]\([^)]*\)", "]", section(README, "Reading the log"))
     table = {event: row[0].strip() for row in rows(text) for event in re.findall(r"`([^`]+)`", row[1])}
-    # What an unforeseen exception in the view says stands with the view's other defects.
-    table |= (
-        dict.fromkeys(("envoy_reader_failed", "operation_failed"), "error")
-        if "operation_failed" in table
-        else {}
-    )
     assert table == events()
 
 

@@ -14,7 +14,6 @@ from interceptor.errors import ProtocolError
 from interceptor.view.protocol import (
     DATA_MAX,
     PATH_MAX,
-    READY,
     REPLY_MAX,
     Add,
     Attr,
@@ -186,7 +185,7 @@ def test_any_bytes_on_the_control_socket_are_a_message_or_refused(packet: bytes)
 
 
 def test_answers_say_whether_it_worked() -> None:
-    assert json.loads(READY) == {"ready": True}
     assert json.loads(encode_answer()) == {"ok": True}
     assert json.loads(encode_answer(containers={"a": True})) == {"ok": True, "containers": {"a": True}}
+    assert json.loads(encode_answer(n=7)) == {"ok": True, "n": 7}
     assert json.loads(encode_answer("no container a")) == {"ok": False, "error": "no container a"}

@@ -11,12 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from interceptor.view.protocol import CONTROL_MAX, Add, Message, encode_message
+from interceptor.view.protocol import CONTROL_MAX, Add, Begin, Message, encode_message
 
 MOUNTPOINT = "/mnt"  # in a mount namespace of the server's own
 TIME_LIMIT_S = 1.0
@@ -78,6 +79,7 @@ class Sandbox:
         self.namespaces = [open_namespace(self.pid, kind) for kind in ("user", "net", "ipc", "uts")]
         with open_namespace(self.pid, "pid") as pid_namespace:
             self.proc = fresh_mount(b"proc", {}, pid_namespace=pid_namespace)
+        self.userns = os.stat(f"/proc/{self.pid}/ns/user").st_ino
         self.sys = fresh_mount(b"sysfs", {}, network_namespace=self.namespaces[1])
 
     def start_envoy(self) -> socket.socket:
@@ -119,26 +121,63 @@ class Sandbox:
 
 
 class ViewProcess:
-    """A view's server in a mount namespace of its own, and our end of its control socket."""
+    """A view in a mount namespace of its own, its server, and our end of its control socket."""
 
-    def __init__(self) -> None:
+    def __init__(self, *options: str) -> None:
+        self.device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        self._directory = tempfile.TemporaryDirectory(prefix="view-")
+        self.state = self._directory.name
+        self._options = options
+        read, write = os.pipe()
+        wait, self._alive = os.pipe()
+        self._holder = forked(lambda: self._hold(wait, write))
+        os.close(write)
+        os.close(wait)
+        assert os.read(read, 1) == b"x", "the view is not mounted"
+        os.close(read)
+        self.namespace = os.open(f"/proc/{self._holder}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        self.control, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.control.settimeout(WAIT_S)
+        self._added: list[tuple[Add, socket.socket]] = []
+        self._start()
+
+    def _hold(self, wait: int, mounted: int) -> None:
+        """Keeps the mount namespace."""
+        from interceptor.guards.viewing import VIEW_FLAGS, view_options
         from interceptor.kernel.flags import CLONE_NEWNS
         from interceptor.kernel.mount import mount
         from interceptor.kernel.namespaces import unshare
 
-        def in_private_namespace() -> None:
-            unshare(CLONE_NEWNS)
-            mount(None, "/", None, 0x4000 | 0x40000)  # MS_REC | MS_PRIVATE
+        unshare(CLONE_NEWNS)
+        mount(None, "/", None, 0x4000 | 0x40000)  # MS_REC | MS_PRIVATE
+        mount(b"interceptor", MOUNTPOINT, b"fuse.interceptor", VIEW_FLAGS, view_options(self.device))
+        os.write(mounted, b"x")
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            if fd > 2 and fd != wait:
+                with contextlib.suppress(OSError):
+                    os.close(fd)  # the connection is not ours to keep
+        os.read(wait, 1)
 
-        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.control.settimeout(WAIT_S)
-        command = [sys.executable, "-m", "interceptor.view.server", "--mountpoint", MOUNTPOINT]
-        command += ["--control-fd", str(theirs.fileno()), "--envoy-timeout", str(TIME_LIMIT_S)]
-        with theirs:
-            self.process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], preexec_fn=in_private_namespace
-            )
-        assert self.receive() == {"ready": True}
+    def _start(self) -> None:
+        boot, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        boot.settimeout(WAIT_S)
+        fds = [self.device, self._theirs.fileno(), theirs.fileno()]
+        command = [sys.executable, "-m", "interceptor.view.server", "--device-fd", str(fds[0])]
+        command += ["--control-fd", str(fds[1]), "--boot-fd", str(fds[2]), "--state", self.state]
+        command += ["--envoy-timeout", str(TIME_LIMIT_S), *self._options]
+        with boot, theirs:
+            self.process = subprocess.Popen(command, pass_fds=fds)
+            for message, sock in self._added:
+                _send(boot, encode_message(message), [sock.fileno()])
+                assert json.loads(boot.recv(CONTROL_MAX)) == {"ok": True}
+            _send(boot, encode_message(Begin()), None)
+            assert json.loads(boot.recv(CONTROL_MAX)) == {"ok": True}
+
+    def restart(self) -> None:
+        """Kills the server and starts a successor, as the keeper does."""
+        self.process.kill()
+        self.process.wait()
+        self._start()
 
     def receive(self) -> dict[str, Any]:
         answer = json.loads(self.control.recv(CONTROL_MAX))
@@ -146,28 +185,31 @@ class ViewProcess:
         return answer
 
     def send(self, packet: bytes, fds: list[int] | None = None) -> dict[str, Any]:
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        self.control.sendmsg([packet], rights)
+        _send(self.control, packet, fds)
         return self.receive()
 
     def tell(self, message: Message, fds: list[int] | None = None) -> dict[str, Any]:
         return self.send(encode_message(message), fds)
 
-    def add(self, sandbox: Sandbox) -> None:
-        with sandbox.start_envoy() as sock:
-            message = Add(sandbox.name, SANDBOX_IDS[0], SANDBOX_IDS[0], sandbox.created_ns)
-            assert self.tell(message, [sock.fileno()]) == {"ok": True}
+    def add(self, sandbox: Sandbox, *, keep: bool = False) -> None:
+        """``keep``: the envoy's socket survives the server."""
+        sock = sandbox.start_envoy()
+        message = Add(sandbox.name, SANDBOX_IDS[0], SANDBOX_IDS[0], sandbox.created_ns, userns=sandbox.userns)
+        assert self.tell(message, [sock.fileno()]) == {"ok": True}
+        if keep:
+            self._added.append((message, sock))
+        else:
+            sock.close()
 
     def run(self, work: Callable[[], object], sandbox: Sandbox | None = None, uid: int = 0) -> Any:
         """What ``work`` returns (as JSON) in a process of the container, or of the host, that sees the view."""
         from interceptor.kernel.flags import CLONE_NEWNS
-        from interceptor.kernel.namespaces import open_namespace, setns
+        from interceptor.kernel.namespaces import setns
 
         read, write = os.pipe()
 
         def child() -> None:
-            with open_namespace(self.process.pid, "mnt") as namespace:
-                setns(namespace, CLONE_NEWNS)
+            setns(self.namespace, CLONE_NEWNS)
             if sandbox is not None:
                 sandbox.enter(uid)
             with open(write, "w") as result:
@@ -181,7 +223,7 @@ class ViewProcess:
         return json.loads(said)
 
     def mounts(self) -> list[str]:
-        lines = Path(f"/proc/{self.process.pid}/mountinfo").read_text().splitlines()
+        lines = Path(f"/proc/{self._holder}/mountinfo").read_text().splitlines()
         return [line for line in lines if f" {MOUNTPOINT} " in line]
 
     def fds(self) -> int:
@@ -192,9 +234,22 @@ class ViewProcess:
 
     def stop(self) -> None:
         self.control.close()
+        self._theirs.close()
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        os.close(self.device)  # the last of it: whoever still waits fails
+        for _, sock in self._added:
+            sock.close()
+        os.close(self.namespace)
+        os.close(self._alive)
+        reap(self._holder)
+        self._directory.cleanup()
+
+
+def _send(sock: socket.socket, packet: bytes, fds: list[int] | None) -> None:
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    sock.sendmsg([packet], rights)
 
 
 def node(path: str, container: str = "box") -> str:

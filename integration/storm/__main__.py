@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from integration.storm import figures
+from integration.storm import figures, view
 from integration.storm.contestants import arena, compiled
 from integration.storm.figures import FEW, MANY, Key, Percentiles, Ratio
 from integration.storm.rounds import Samples, play
@@ -99,7 +99,10 @@ def as_json(samples: Samples) -> dict[str, object]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints; exit status 0 also where a bar is missed: that is for whoever reads the table."""
-    options = parse(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["view"]:
+        return view.main(given[1:])
+    options = parse(given)
     console = Console()
     if os.geteuid() != 0:
         print("storm: must be run as root: it makes containers", file=sys.stderr)

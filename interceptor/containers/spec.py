@@ -67,3 +67,18 @@ def host_id_of_root(pid: int, table: str) -> int:
         if inside == 0:
             return outside
     raise ContainerError(f"process {pid}: its user namespace maps no root ({table})")
+
+
+def mapped_ids(pid: int, table: str) -> int:
+    """How many IDs, from 0 on and without a gap, a process's user namespace maps; ``table`` as above."""
+    ranges = sorted(
+        (int(inside), int(length))
+        for inside, _, length in (
+            line.split() for line in Path(f"/proc/{pid}/{table}").read_text().splitlines()
+        )
+    )
+    mapped = 0
+    for inside, length in ranges:
+        if inside == mapped:
+            mapped += length
+    return min(mapped, 2**32 - 1)

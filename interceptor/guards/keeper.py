@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +18,9 @@ from interceptor.config import Config
 from interceptor.errors import InterceptorError
 from interceptor.kernel.fd import OwnedFd
 from interceptor.packets import receive_packet, send_packet
+
+VIEW_TIMEOUT_S = 5.0
+"""How long the view may take to show its parts to whoever clones them."""
 
 
 @dataclass
@@ -68,9 +76,48 @@ class Keeper:
         reply, fds = self._order({"op": "envoy"}, [sock, proc, sys_, pidfd, *namespaces])
         return Forked(int(reply["pid"]), OwnedFd(fds[0]))
 
+    def view_parts(self, paths: list[str]) -> dict[str, OwnedFd]:
+        """Clones of the mounts at paths of the view, by path; those that do not exist are left out.
+
+        Somebody else walks the view for us, and is killed if that takes longer than `VIEW_TIMEOUT_S`: nothing that a
+        container needs may wait for something that serves containers. Raises `InterceptorError`.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs:
+            _, fds = self._order({"op": "view_parts", "paths": paths}, [theirs.fileno()])
+            theirs.close()
+            with OwnedFd(fds[0]) as child:
+                try:
+                    return _receive_parts(ours)
+                finally:
+                    with contextlib.suppress(ProcessLookupError):
+                        signal.pidfd_send_signal(child.fileno(), signal.SIGKILL)
+
     def quit(self) -> None:
         """Ends keeper, welder and view."""
         self._order({"op": "quit"}, [])
+
+
+def _receive_parts(sock: socket.socket) -> dict[str, OwnedFd]:
+    parts: dict[str, OwnedFd] = {}
+    end = time.monotonic() + VIEW_TIMEOUT_S
+    try:
+        while True:
+            if not select.select([sock], [], [], max(0.0, end - time.monotonic()))[0]:
+                raise InterceptorError("the view does not answer", "see the log of the view")
+            message, received = receive_packet(sock)
+            if message is None:
+                raise InterceptorError("the view could not be walked: whoever did it is gone")
+            if "end" in message:
+                return parts
+            if received:
+                parts[message["path"]] = OwnedFd(received[0])
+            elif message["errno"] != errno.ENOENT:
+                raise InterceptorError(f"view: {message['path']}: {os.strerror(message['errno'])}")
+    except BaseException:
+        for part in parts.values():
+            part.close()
+        raise
 
 
 def connect(config: Config) -> tuple[Keeper, bool]:
@@ -97,6 +144,7 @@ def _start(config: Config) -> None:
             config.runtime_dir,
             str(theirs),
             config.log_level,
+            str(int(config.host_writes)),
         ]
         # A session of its own: a terminal's Ctrl-C and the daemon's death do not reach it.
         subprocess.Popen(argv, pass_fds=[theirs], start_new_session=True, stdin=subprocess.DEVNULL)

@@ -5,8 +5,8 @@ daemon would need to go on where its predecessor stopped, so that restarting the
 container. It decides nothing and looks into nothing; it takes orders from root alone.
 
 Protocol: SOCK_SEQPACKET at ``RUNTIME_DIR/keeper.sock``, one JSON object a packet, descriptors by SCM_RIGHTS.
-Run as ``python -m interceptor.guards.spawner RUNTIME_DIR READY_FD LOG_LEVEL``. Nothing is imported here but what it
-needs, because every guard starts as a copy of this process.
+Run as ``python -m interceptor.guards.spawner RUNTIME_DIR READY_FD LOG_LEVEL HOST_WRITES``. Nothing is imported here
+but what it needs, because every guard starts as a copy of this process.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 from typing import Any
 
 from interceptor._native import ffi, lib
+from interceptor.guards.viewing import Adds, ViewKeeping, send_parts
 from interceptor.packets import receive_packet, send_packet
 
 CLONE_NEWNS = 0x20000
@@ -52,7 +53,7 @@ class Workshop:
         # Slave: what the host unmounts goes here too, so nothing of it is kept busy; nothing of ours goes out.
         _mount(b"none", "/", None, MS_REC | MS_SLAVE)
         _mount(b"interceptor", self.root, b"tmpfs", 2 | 4 | 8, b"mode=0700")
-        for name in ("weld", "view", "shield", "bench", "shelf"):
+        for name in ("weld", "view", "shield", "bench", "shelf", "state"):
             os.mkdir(os.path.join(self.root, name), 0o755)
         self._make_shields()
         weld = os.path.join(self.root, "weld")
@@ -102,32 +103,19 @@ def _start_welder() -> socket.socket:
     return ours
 
 
-def _start_view(workshop: Workshop, log_level: str) -> socket.socket:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    mountpoint = os.path.join(workshop.root, "view")
-    argv = [
-        sys.executable,
-        *("-m", "interceptor.view.server", "--mountpoint", mountpoint),
-        *("--control-fd", str(theirs.fileno()), "--log-level", log_level),
-    ]
-    os.set_inheritable(theirs.fileno(), True)
-    os.posix_spawn(sys.executable, argv, os.environ, setsigdef=[signal.SIGCHLD], setsid=True)
-    theirs.close()
-    message, _ = receive_packet(ours)
-    if not isinstance(message, dict) or not message.get("ready"):
-        raise OSError(f"the view did not start: {message!r}")
-    return ours
-
-
 class Keeper:
     """Orders come one at a time from the daemon; a new daemon takes over by connecting."""
 
-    def __init__(self, runtime_dir: str, log_level: str) -> None:
+    def __init__(self, runtime_dir: str, log_level: str, host_writes: bool) -> None:
         self.store: dict[str, tuple[Any, list[int]]] = {}
         self.path = os.path.join(runtime_dir, "keeper.sock")
         self.workshop = Workshop(runtime_dir)
         self.welder = _start_welder()
-        self.view = _start_view(self.workshop, log_level)
+        self.selector = selectors.DefaultSelector()
+        self.view = ViewKeeping(
+            self.workshop.root, log_level, host_writes, self.selector, self._containers_of_the_view
+        )
+        self.view.start_first()
         self.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self.namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -136,7 +124,6 @@ class Keeper:
         self.listener.bind(self.path)
         os.chmod(self.path, 0o600)
         self.listener.listen(4)
-        self.selector = selectors.DefaultSelector()
         self.selector.register(self.listener, selectors.EVENT_READ)
         self.clients: set[socket.socket] = set()
         self.running = True
@@ -146,11 +133,16 @@ class Keeper:
             for key, _ in self.selector.select():
                 if key.fileobj is self.listener:
                     self._accept()
+                elif callable(key.data):
+                    key.data()
                 elif isinstance(key.fileobj, socket.socket):
                     self._order(key.fileobj)
                 else:
                     self._container_ended(str(key.data))
         os.unlink(self.path)
+
+    def _containers_of_the_view(self) -> Adds:
+        return [self.store[key] for key in self.store if key.startswith("v/")]
 
     def _accept(self) -> None:
         client, _ = self.listener.accept()
@@ -191,8 +183,9 @@ class Keeper:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         self._close(key)
-        # Its listeners, and its overlays, which would stay mounted.
-        for other in [k for k in self.store if k == "o/" + key[2:] or k.startswith("l/" + key[2:] + "/")]:
+        # Its listeners, its overlays, which would stay mounted, and the view's socket to its envoy.
+        gone = ("o/" + key[2:], "v/" + key[2:])
+        for other in [k for k in self.store if k in gone or k.startswith("l/" + key[2:] + "/")]:
             self._close(other)
         self._end_if_idle()
 
@@ -221,7 +214,7 @@ class Keeper:
 
     def order_hello(self, _message: Any, _fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         """What a daemon starts with: the workshop's namespace, the welder's and the view's sockets."""
-        fds = [self.namespace, self.welder.fileno(), self.view.fileno()]
+        fds = [self.namespace, self.welder.fileno(), self.view.control.fileno()]
         return {"root": self.workshop.root, "keys": list(self.store)}, fds
 
     def order_store(self, message: Any, fds: list[int]) -> tuple[dict[str, Any], list[int]]:
@@ -257,6 +250,19 @@ class Keeper:
         pid = _fork(lambda: lib.ix_become_envoy(array_, len(namespaces), sock, proc, sys_, pidfd))
         return self._child(pid, fds)
 
+    def order_view_parts(self, message: Any, fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """Forks somebody who clones mounts at paths of the view, may wait for it, and sends them to the socket."""
+        (sock,) = fds
+        paths = [str(path) for path in message["paths"]]
+
+        def body() -> None:
+            keep = os.dup2(sock, 3)
+            lib.ix_close_range(4, 0xFFFFFFFF)
+            send_parts(self.workshop.root, paths, keep)
+            os._exit(0)
+
+        return self._child(_fork(body), fds)
+
     def _child(self, pid: int, fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         pidfd = os.pidfd_open(pid)
         fds.append(pidfd)  # closed with the others once the reply, which carries it, is sent
@@ -264,8 +270,7 @@ class Keeper:
 
     def order_quit(self, _message: Any, _fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Ends the view, the welder and the keeper. Only sensible when no container is left."""
-        with contextlib.suppress(OSError):
-            send_packet(self.view, {"op": "quit"})
+        self.view.end()
         self.welder.close()
         self.running = False
         return {}, []
@@ -277,14 +282,14 @@ class Keeper:
 
 def main(argv: list[str]) -> int:
     """The keeper's process, until it is told to quit or keeps nothing any more."""
-    runtime_dir, ready_fd, log_level = argv[1], int(argv[2]), argv[3]
+    runtime_dir, ready_fd, log_level, host_writes = argv[1], int(argv[2]), argv[3], argv[4] == "1"
     # Nobody waits for guards and envoys: the daemon watches them by pidfd.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     os.set_inheritable(ready_fd, False)
     try:
-        keeper = Keeper(runtime_dir, log_level)
+        keeper = Keeper(runtime_dir, log_level, host_writes)
     except Exception as error:
         os.write(ready_fd, f"{error}".encode())
         return 1

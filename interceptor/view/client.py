@@ -2,48 +2,81 @@
 
 from __future__ import annotations
 
+import itertools
+import select
 import socket
+import time
+from typing import Any
 
 from interceptor.errors import InterceptorError
 from interceptor.kernel.fd import OwnedFd
 from interceptor.packets import receive_packet, send_packet
 
+TIMEOUT_S = 5.0
+"""How long an answer may take; the view may be started anew meanwhile, and then finds the order."""
+
 
 class ViewClient:
-    """Orders to the view's process, answered in turn."""
+    """Orders to the view's process, answered in turn.
+
+    Orders are numbered, and what answers another number is passed over: a predecessor, or a server that was killed
+    between its answer and taking the order off the socket, may have left it there.
+    """
 
     def __init__(self, fd: OwnedFd) -> None:
         self._sock = socket.socket(fileno=fd.take())
-        self._synchronise()
+        self._numbers = itertools.count(time.monotonic_ns())
 
-    def _synchronise(self) -> None:
-        """Reads what a predecessor, killed while it waited, did not: no answer but that to `list` names containers."""
+    def _order(self, message: dict[str, Any], fds: list[int] | None = None) -> None:
         try:
-            send_packet(self._sock, {"op": "list"})
-            reply: object = None
-            while not isinstance(reply, dict) or "containers" not in reply:
-                reply, _ = receive_packet(self._sock)
-                if reply is None:
-                    raise InterceptorError("the view is gone", "restart the service")
+            reply = self._answer(self._send(message, fds))
         except (OSError, ValueError) as error:
             raise InterceptorError(f"the view does not answer: {error}", "restart the service") from error
+        if not reply.get("ok"):
+            raise InterceptorError(f"the view could not {message['op']}: {reply.get('error')}")
 
-    def _order(self, message: dict[str, object], fds: list[int] | None = None) -> None:
-        # A timeout would make the socket, which others hold too, non-blocking: SO_RCVTIMEO is this call's own affair.
-        try:
-            send_packet(self._sock, message, fds)
+    def _send(self, message: dict[str, Any], fds: list[int] | None = None) -> int:
+        """Sends an order without waiting for room or answer; its number."""
+        while select.select([self._sock], [], [], 0)[0]:
+            if receive_packet(self._sock)[0] is None:  # else to a question that nobody asks any more
+                raise InterceptorError("the view is gone", "restart the service")
+        if not select.select([], [self._sock], [], 0)[1]:
+            raise InterceptorError("the view takes no orders", "see the log of the view")
+        number = next(self._numbers)
+        send_packet(self._sock, message | {"n": number}, fds)
+        return number
+
+    def _answer(self, number: int) -> dict[str, Any]:
+        # Not by a timeout of the socket, which others hold too and which it would make non-blocking.
+        end = time.monotonic() + TIMEOUT_S
+        while select.select([self._sock], [], [], max(0.0, end - time.monotonic()))[0]:
             reply, _ = receive_packet(self._sock)
-        except (OSError, ValueError) as error:
-            raise InterceptorError(f"the view does not answer: {error}", "restart the service") from error
-        if not isinstance(reply, dict) or not reply.get("ok"):
-            reason = reply.get("error") if isinstance(reply, dict) else "it is gone"
-            raise InterceptorError(f"the view could not {message['op']}: {reason}")
+            if reply is None:
+                raise InterceptorError("the view is gone", "restart the service")
+            if isinstance(reply, dict) and reply.get("n") == number:
+                return reply
+        raise InterceptorError(f"the view gave no answer in {TIMEOUT_S:g} s", "see the log of the view")
 
-    def add(self, cid: str, uid: int, gid: int, created_ns: int, envoy: int) -> None:
-        """A subtree for a container; ``envoy`` is the socket of its envoy."""
-        message = {"op": "add", "id": cid, "uid": uid, "gid": gid, "created_ns": created_ns}
+    def add(self, message: dict[str, Any], envoy: int) -> None:
+        """A subtree for a container, by the order `add_order` made; ``envoy`` is the socket of its envoy."""
         self._order(message, [envoy])
 
     def remove(self, cid: str) -> None:
-        """The container is gone."""
-        self._order({"op": "remove", "id": cid})
+        """The container is gone. Nobody waits for the answer: an end must not depend on the view."""
+        try:
+            self._send({"op": "remove", "id": cid})
+        except (OSError, ValueError) as error:
+            raise InterceptorError(f"the view does not answer: {error}", "restart the service") from error
+
+
+def add_order(cid: str, *, uid: int, gid: int, created_ns: int, groups: int, userns: int) -> dict[str, Any]:
+    """The order to serve a container (`interceptor.view.protocol.Add`)."""
+    return {
+        "op": "add",
+        "id": cid,
+        "uid": uid,
+        "gid": gid,
+        "created_ns": created_ns,
+        "groups": groups,
+        "userns": userns,
+    }

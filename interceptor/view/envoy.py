@@ -1,20 +1,22 @@
 """The server's end of an envoy: requests go out, replies come back by sequence number, nobody waits for ever.
 
-Each container has an envoy, a socket and a reader task of its own, so that a stuck or dead envoy delays nobody else.
+Each container has an envoy and a socket of its own, so that a stuck or dead envoy delays nobody else.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import structlog
-import trio
 
 from interceptor.errors import ProtocolError
+from interceptor.view.host import OverflowIds
 from interceptor.view.nodes import NodeError, Owner
 from interceptor.view.protocol import (
     DATA_MAX,
@@ -30,6 +32,8 @@ from interceptor.view.protocol import (
     decode_reply,
     encode_request,
 )
+from interceptor.view.tasks import Waiting
+from interceptor.view.values import Values
 
 log = structlog.get_logger(__name__)
 
@@ -39,77 +43,100 @@ TIME_LIMIT_S = 5.0
 """How long a request to an envoy may take before it fails with EIO."""
 
 
-@dataclass(slots=True, eq=False)
-class _Call:
-    done: trio.Event = field(default_factory=trio.Event)
-    reply: Reply | None = None
+class _Call(Waiting):
+    __slots__ = ("deadline", "operation", "path", "reply")
+
+    def __init__(self, operation: Op, path: bytes, deadline: float) -> None:
+        super().__init__()
+        self.operation = operation
+        self.path = path
+        self.deadline = deadline
+        self.reply: Reply | None = None
 
 
 class Envoy:
-    """A connected envoy. `run` must be running in some nursery for `call` to get answers."""
+    """A connected envoy. Somebody calls `receive` when its socket is readable, `send_more` when it takes data again."""
 
-    def __init__(self, sock: socket.socket, name: str, *, time_limit_s: float = TIME_LIMIT_S) -> None:
-        """Takes over the SOCK_SEQPACKET socket."""
+    def __init__(
+        self,
+        sock: socket.socket,
+        name: str,
+        *,
+        time_limit_s: float = TIME_LIMIT_S,
+        wants_to_send: Callable[[bool], None] = lambda _wants: None,
+        ended: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Takes over the SOCK_SEQPACKET socket. ``ended`` is called once, when it hangs up or is closed."""
         sock.setblocking(False)
         self._sock = sock
         self._time_limit_s = time_limit_s
         self._log = log.bind(container=name)
         self._calls: dict[int, _Call] = {}
-        self._seq = 0
-        self._sending = trio.Lock()
-        self._scope = trio.CancelScope()
+        self._unsent: deque[tuple[_Call, bytes]] = deque()
+        # A predecessor's requests may still be answered: ours are not mistaken for them.
+        self._seq = int.from_bytes(os.urandom(4))
         self._stuck = False
+        self._buffer = bytearray(REPLY_MAX)
+        self._wants_to_send = wants_to_send
+        self._ended = ended
         self.alive = True
 
-    async def run(self, ended: Callable[[], None]) -> None:
-        """Receive replies until the envoy hangs up or `close` is called; then fail what is open and call ``ended``."""
-        try:
-            with self._scope:
-                await self._receive()
-        except trio.ClosedResourceError:
-            pass  # closed by us
-        except (OSError, ProtocolError) as error:
-            self._log.warning("envoy_failed", error=str(error))
-        except Exception as error:
-            # A mistake here must cost one container its pass-through, not all of them the view.
-            self._log.exception("envoy_reader_failed", error=str(error))
-        finally:
-            self.close()
-            self._sock.close()
-            ended()
+    def fileno(self) -> int:
+        """The socket's descriptor."""
+        return self._sock.fileno()
 
-    async def _receive(self) -> None:
-        buffer = bytearray(REPLY_MAX)
-        view = memoryview(buffer)
-        while True:
-            try:
-                # MSG_TRUNC: the true length, so that an overlong packet is seen to be one.
-                length = self._sock.recv_into(buffer, 0, socket.MSG_TRUNC)
-            except (BlockingIOError, InterruptedError):
-                await trio.lowlevel.wait_readable(self._sock)
-                continue
+    def receive(self) -> None:
+        """Take one reply, and let who waits for it go on."""
+        try:
+            # MSG_TRUNC: the true length, so that an overlong packet is seen to be one.
+            length = self._sock.recv_into(self._buffer, 0, socket.MSG_TRUNC)
             if length == 0:
                 self._log.warning("envoy_ended")
+                self.close()
                 return
             if length > REPLY_MAX:
                 raise ProtocolError(f"envoy's reply has {length} bytes")
-            reply = decode_reply(bytes(view[:length]))
-            if self._stuck:
-                self._stuck = False
-                self._log.warning("envoy_answers_again")
-            call = self._calls.get(reply.seq)
-            if call is not None:  # else it came after its time limit
-                call.reply = reply
-                call.done.set()
+            reply = decode_reply(bytes(memoryview(self._buffer)[:length]))
+        except (BlockingIOError, InterruptedError):
+            return
+        except (OSError, ProtocolError) as error:
+            self._log.warning("envoy_failed", error=str(error))
+            self.close()
+            return
+        if self._stuck:
+            self._stuck = False
+            self._log.warning("envoy_answers_again")
+        call = self._calls.pop(reply.seq, None)
+        if call is not None:  # else it came after its time limit
+            call.reply = reply
+            call.settle(reply.error)
 
     def close(self) -> None:
         """Hang up. Calls that are open fail with EIO."""
-        if self.alive:
-            self.alive = False
-            trio.lowlevel.notify_closing(self._sock)
-            self._scope.cancel()
-        for call in self._calls.values():
-            call.done.set()
+        if not self.alive:
+            return
+        self.alive = False
+        self._ended()
+        self._sock.close()
+        calls, self._calls = self._calls, {}
+        self._unsent.clear()
+        for call in calls.values():
+            call.settle(errno.EIO)
+
+    def expire(self, now: float) -> float | None:
+        """Fail what is over its time; the seconds until the next may be, None if nothing waits."""
+        while self._calls:
+            seq, call = next(iter(self._calls.items()))  # the oldest, since all have the same limit
+            if call.deadline > now and not call.settled:
+                return call.deadline - now
+            del self._calls[seq]
+            if call.settled:
+                continue  # its caller was interrupted
+            if not self._stuck:
+                self._stuck = True
+                self._log.warning("envoy_gave_no_answer", operation=call.operation.name, path=call.path)
+            call.settle(errno.EIO)
+        return None
 
     async def call(
         self, op: Op, base: Base, path: bytes, *, offset: int = 0, size: int = 0, data: bytes = b""
@@ -125,48 +152,37 @@ class Envoy:
             raise NodeError(errno.EAGAIN)
         self._seq = seq = self._seq + 1 & 0xFFFFFFFF
         packet = encode_request(seq, op, base, path, offset=offset, size=size, data=data)
-        call = self._calls[seq] = _Call()
-        try:
-            with trio.move_on_after(self._time_limit_s):
-                await self._send(packet)
-                await call.done.wait()
-        finally:
-            del self._calls[seq]
-        if call.reply is None:
-            if self.alive and not self._stuck:
-                self._stuck = True
-                self._log.warning("envoy_gave_no_answer", operation=op.name, path=path)
-            raise NodeError(errno.EIO)
-        if call.reply.error:
-            raise NodeError(call.reply.error)
+        call = _Call(op, path, time.monotonic() + self._time_limit_s)
+        self._send(call, packet)
+        self._calls[seq] = call
+        await call
+        assert call.reply is not None
         return call.reply
 
-    async def _send(self, packet: bytes) -> None:
-        try:
-            self._sock.send(packet)
-            return
-        except (BlockingIOError, InterruptedError):
-            pass  # its queue is full: wait, in turn
-        except OSError:
-            raise NodeError(errno.EIO) from None  # hung up; run() is about to notice
-        async with self._sending:
-            while True:
-                try:
-                    await trio.lowlevel.wait_writable(self._sock)
+    def _send(self, call: _Call, packet: bytes) -> None:
+        if not self._unsent:
+            try:
+                self._sock.send(packet)
+                return
+            except (BlockingIOError, InterruptedError):
+                self._wants_to_send(True)
+            except OSError:
+                raise NodeError(errno.EIO) from None  # hung up; receive() is about to notice
+        self._unsent.append((call, packet))
+
+    def send_more(self) -> None:
+        """Its queue was full and has room again."""
+        while self._unsent:
+            call, packet = self._unsent[0]
+            try:
+                if not call.settled:  # else its caller has given up
                     self._sock.send(packet)
-                    return
-                except (BlockingIOError, InterruptedError):
-                    continue
-                except (OSError, trio.ClosedResourceError):
-                    raise NodeError(errno.EIO) from None
-
-
-@dataclass(frozen=True, slots=True)
-class OverflowIds:
-    """What ids without a mapping look like from inside a user namespace (/proc/sys/kernel/overflow[ug]id)."""
-
-    uid: int = 65534
-    gid: int = 65534
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                break  # receive() is about to notice
+            self._unsent.popleft()
+        self._wants_to_send(False)
 
 
 @dataclass(slots=True, eq=False)
@@ -176,6 +192,7 @@ class Container:
     owner: Owner
     envoy: Envoy
     overflow: OverflowIds
+    values: Values
     since_ns: int = field(default_factory=time.time_ns)
     """Time stamp of the nodes that we make up, nanoseconds since the epoch."""
 
@@ -206,6 +223,10 @@ class Container:
         """Write to the real file in one write(2); how many bytes it took."""
         reply = await self.envoy.call(Op.WRITE, base, path, offset=offset, data=data)
         return min(reply.value, len(data))
+
+    async def set_name(self, op: Op, name: bytes) -> None:
+        """sethostname(2) or setdomainname(2) in the container's UTS namespace."""
+        await self.envoy.call(op, Base.PROC, b"", data=name)
 
     async def readlink(self, base: Base, path: bytes) -> bytes:
         """The text of the real symbolic link."""

@@ -1,118 +1,122 @@
-"""The FUSE operations of the view, on trio: what the kernel asks, answered from the tables and by the envoys.
+"""The FUSE operations of the view: what the kernel asks, answered from the tables and by the envoys.
 
-A name that the kernel hands over is bytes, a single component, and is never resolved here; only envoys open nodes. The
-kernel checks permissions by the attributes given (default_permissions), the envoy's kernel checks the container root's
-rights once more. An operation that fails in a way nobody thought of is EIO for its caller and a line in the log.
+A name that the kernel hands over is bytes, a single component, and is never resolved here; only envoys open nodes.
+Rights are judged here (rights.py), and the envoy's kernel checks the container root's once more. What an operation
+needs to know is in the request and in the inode: a handle keeps nothing that a successor could not do without.
 """
 
 from __future__ import annotations
 
 import errno
-import functools
 import os
 import stat
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any
 
-import pyfuse3
 import structlog
-from pyfuse3 import EntryAttributes, FileInfo, FUSEError
 
-from interceptor.view import proc
+from interceptor.view import proc, wire
 from interceptor.view import sys as sysfs
 from interceptor.view.envoy import Container
+from interceptor.view.host import KernelHost
 from interceptor.view.inodes import Inode, InodeTable
-from interceptor.view.listing import BASE_NAMES, Listing, directory_attr, fixed_attr, shown_attr
-from interceptor.view.nodes import FOREVER_S, REAL, Effect, Host, NodeError, Row, Table, join
-from interceptor.view.protocol import DATA_MAX, NAME_MAX, PATH_MAX, Attr, Base, is_name
+from interceptor.view.listing import BASE_NAMES, Listed, Listing, directory_attr, look
+from interceptor.view.nodes import FOREVER_S, Effect, NodeError, Rights, Row, Table, join
+from interceptor.view.protocol import DATA_MAX, NAME_MAX, PATH_MAX, Attr, Base, Op, is_name
+from interceptor.view.rights import EXECUTE, READ, WRITE, Caller, may
+from interceptor.view.wire import Opcode, OpenFlag, Request
 
 log = structlog.get_logger(__name__)
 
 TABLE = Table({Base.PROC: proc.ROWS, Base.SYS: sysfs.ROWS})
-BLOCK_SIZE = 4096
 ROOT_MODE = 0o711
 """The root can be walked through by everybody and read by nobody but the host's root: it names all containers."""
+_OPENED_MAX = 65536
+"""Most handles that something is remembered about. What is forgotten is asked for again."""
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
+_SETATTR_SIZE, _SETATTR_TIMES, _SETATTR_FH, _SETATTR_NOW = 1 << 3, 1 << 4 | 1 << 5, 1 << 6, 1 << 7 | 1 << 8
 
-
-def answered(operation: Callable[_P, Coroutine[Any, Any, _R]]) -> Callable[_P, Coroutine[Any, Any, _R]]:
-    """Make sure that the kernel gets an errno whatever goes wrong: pyfuse3 ends at any other exception."""
-
-    @functools.wraps(operation)
-    async def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        try:
-            return await operation(*args, **kwargs)
-        except NodeError as error:
-            raise FUSEError(error.errno) from None
-        except FUSEError:
-            raise
-        except Exception as error:
-            log.exception("operation_failed", operation=getattr(operation, "__name__", "?"), error=str(error))
-            raise FUSEError(errno.EIO) from None
-
-    return wrapper
+Handler = Callable[[Request], Coroutine[Any, Any, bytes | None]]
 
 
-class KernelHost:
-    """The host as sources see it. Keeps the real /proc/uptime open, so that no path is resolved later."""
-
-    def __init__(self) -> None:
-        self._uptime_fd = os.open("/proc/uptime", os.O_RDONLY | os.O_CLOEXEC)
-
-    def boottime_ns(self) -> int:
-        """CLOCK_BOOTTIME in nanoseconds."""
-        return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-
-    def idle_ratio(self) -> float:
-        """Idle seconds per second of uptime, summed over all processors."""
-        up, idle = os.pread(self._uptime_fd, 128, 0).split()
-        return float(idle) / max(float(up), 0.01)
-
-
-@dataclass(slots=True, eq=False)
-class OpenFile:
-    """An open file of the view."""
-
-    inode: Inode
-    append: bool
-    content: bytes | None = None
-    """What a made-up node said when it was last read from its beginning."""
-
-
-class View(pyfuse3.Operations):
+class View:
     """The filesystem. Containers are added and removed by the server, between operations."""
 
-    supports_dot_lookup = False  # and with it no file handles: a node is reached by its path or not at all
-
-    def __init__(self, host: Host, table: Table = TABLE) -> None:
-        super().__init__()
+    def __init__(self, host: KernelHost, table: Table = TABLE, inodes: InodeTable | None = None) -> None:
         self.containers: dict[str, Container] = {}
-        self.inodes = InodeTable()
+        self.inodes = inodes or InodeTable()
         self._host = host
         self._table = table
-        self._files: dict[int, OpenFile] = {}
-        self._listings: dict[int, Listing] = {}
-        self._next_handle = 1
+        self._contents: dict[int, bytes] = {}
+        """What a made-up node said when a handle read it from its beginning."""
+        self._ends: dict[int, int] = {}
+        """Where a handle's last read of a real node came to its end."""
+        # Above whatever a predecessor gave out.
+        self._next_handle = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         self._started_ns = time.time_ns()
+        self.handlers: dict[int, Handler] = {
+            Opcode.LOOKUP: self.lookup,
+            Opcode.GETATTR: self.getattr,
+            Opcode.SETATTR: self.setattr,
+            Opcode.READLINK: self.readlink,
+            Opcode.ACCESS: self.access,
+            Opcode.OPEN: self.open,
+            Opcode.READ: self.read,
+            Opcode.WRITE: self.write,
+            Opcode.RELEASE: self.release,
+            Opcode.FSYNC: self.fsync,
+            Opcode.OPENDIR: self.opendir,
+            Opcode.READDIR: self.readdir,
+            Opcode.READDIRPLUS: self.readdirplus,
+            Opcode.RELEASEDIR: self.release,
+            Opcode.FSYNCDIR: self.fsync,
+            Opcode.STATFS: self.statfs,
+            Opcode.SETXATTR: self.setxattr,
+            Opcode.CREATE: self.create,
+            Opcode.MKNOD: self.make,
+            Opcode.MKDIR: self.make,
+            Opcode.SYMLINK: self.make,
+            Opcode.LINK: self.make,
+            Opcode.UNLINK: self.change,
+            Opcode.RMDIR: self.change,
+            Opcode.RENAME: self.change,
+            Opcode.RENAME2: self.change,
+        }
+        # flush, poll and the other operations on extended attributes stay ENOSYS: the kernel then stops asking and
+        # answers by itself (0, always ready, EOPNOTSUPP).
 
     # Names and attributes
 
-    @answered
-    async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> EntryAttributes:
-        parent = self.inodes.get(parent_inode)
+    async def lookup(self, request: Request) -> bytes:
+        parent = self.inodes.get(request.node)
+        name = request.body[:-1]
         if len(name) > NAME_MAX:
             raise NodeError(errno.ENAMETOOLONG)
         if not is_name(name):
             raise NodeError(errno.ENOENT)
+        if parent.attr is not None and parent.attr.mode & 0o111 != 0o111:
+            await self._require(parent, request, EXECUTE)
         container, base, path, row = self._resolve(parent, name)
-        attr = await self._look(container, base, path, row)
-        inode = self.inodes.intern(container, base, path, row, stat.S_IFMT(attr.mode))
+        attr, stored = await self._look(container, base, path, row)
+        inode = self._know(container, base, path, row, attr, stored)
         inode.lookups += 1
-        return _entry(inode, attr)
+        return _entry(inode)
+
+    def _know(
+        self,
+        container: Container,
+        base: Base | None,
+        path: bytes,
+        row: Row | None,
+        attr: Attr,
+        stored: bool,
+    ) -> Inode:
+        inode = self.inodes.intern(container, base, path, row, stat.S_IFMT(attr.mode))
+        inode.attr = attr
+        inode.stored = stored
+        inode.attr_until = time.monotonic() + _attr_cache_s(inode)
+        return inode
 
     def _resolve(self, parent: Inode, name: bytes) -> tuple[Container, Base | None, bytes, Row | None]:
         if parent.container is None:
@@ -131,212 +135,277 @@ class View(pyfuse3.Operations):
             raise NodeError(errno.ENAMETOOLONG)
         return parent.container, parent.base, path, self._table.child(parent.base, parent.path, name)
 
-    async def _look(self, container: Container, base: Base | None, path: bytes, row: Row | None) -> Attr:
+    async def _look(
+        self, container: Container, base: Base | None, path: bytes, row: Row | None
+    ) -> tuple[Attr, bool]:
         if base is None or row is None:
-            return directory_attr(0o555, container.since_ns)
-        if row.is_fixed_at(path):
-            return fixed_attr(row, container)
-        return shown_attr(row, container, await container.getattr(base, path))
+            return directory_attr(0o555, container.since_ns), False
+        return await look(self._table, container, base, path, row)
 
-    async def _attributes(self, inode: Inode) -> EntryAttributes:
+    async def _refresh(self, inode: Inode) -> Attr:
         if inode.container is None:
-            return _entry(inode, directory_attr(ROOT_MODE, self._started_ns))
-        return _entry(inode, await self._look(inode.container, inode.base, inode.path, inode.row))
+            inode.attr = directory_attr(ROOT_MODE, self._started_ns)
+        else:
+            looked = await self._look(inode.container, inode.base, inode.path, inode.row)
+            inode.attr, inode.stored = looked
+            inode.attr_until = time.monotonic() + _attr_cache_s(inode)
+        return inode.attr
 
-    @answered
-    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> EntryAttributes:
-        return await self._attributes(self.inodes.get(inode))
+    async def getattr(self, request: Request) -> bytes:
+        inode = self.inodes.get(request.node)
+        attr = inode.attr
+        # Every read has the kernel ask again, for the time of access, which nobody keeps here.
+        if attr is None or time.monotonic() >= inode.attr_until:
+            attr = await self._refresh(inode)
+        return wire.attributes(inode.number, attr, _attr_cache_s(inode))
 
-    @answered
-    async def setattr(
-        self,
-        inode: int,
-        attr: EntryAttributes,
-        fields: pyfuse3.SetattrFields,
-        fh: int | None,
-        ctx: pyfuse3.RequestContext,
-    ) -> EntryAttributes:
+    async def setattr(self, request: Request) -> bytes:
         """As proc_sys_setattr (fs/proc/proc_sysctl.c): no chmod, no chown; sizes and times are taken and forgotten."""
-        if fields.update_mode or fields.update_uid or fields.update_gid:
+        valid = wire.number_32(request.body)
+        if valid & wire.SETATTR_OWNERSHIP:
             raise NodeError(errno.EPERM)
-        return await self._attributes(self.inodes.get(inode))
+        inode = self.inodes.get(request.node)
+        if valid & _SETATTR_SIZE and not valid & _SETATTR_FH:
+            await self._require(inode, request, WRITE)
+        if valid & _SETATTR_TIMES:
+            attr = inode.attr or await self._refresh(inode)
+            if request.uid not in (attr.uid, 0):
+                if not valid & _SETATTR_NOW:
+                    raise NodeError(errno.EPERM)
+                await self._require(inode, request, WRITE)
+        return await self.getattr(request)
 
-    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        for number, lookups in inode_list:
-            self.inodes.forget(number, lookups)
+    def forget(self, number: int, lookups: int) -> None:
+        self.inodes.forget(number, lookups)
 
-    @answered
-    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
-        node = self.inodes.get(inode)
+    async def readlink(self, request: Request) -> bytes:
+        node = self.inodes.get(request.node)
         if node.container is None or node.base is None:
             raise NodeError(errno.EINVAL)
         return await node.container.readlink(node.base, node.path)
 
+    # Rights
+
+    def _caller(self, inode: Inode, request: Request) -> Caller:
+        owner = inode.container.owner if inode.container is not None else None
+        return Caller(request.uid, request.gid, lambda: self._host.credentials(request.pid), owner)
+
+    async def _require(self, inode: Inode, request: Request, mask: int, caller: Caller | None = None) -> None:
+        """`NodeError` if the caller may not: EACCES, or what the row refuses even its root with."""
+        attr = inode.attr or await self._refresh(inode)
+        caller = caller or self._caller(inode, request)
+        rights = inode.row.rights if inode.row is not None else Rights.FILE
+        owner = inode.container.owner if inode.container is not None else None
+        refusal = inode.row.refusal if inode.row is not None else None
+        if mask & WRITE and refusal is not None and caller.is_root and not stat.S_ISDIR(attr.mode):
+            raise NodeError(refusal)
+        if not may(rights, attr, caller, mask, owner):
+            raise NodeError(errno.EACCES)
+
+    async def access(self, request: Request) -> bytes:
+        """access(2) asks for the real user, who has the capabilities only if it is root (access_override_creds)."""
+        inode = self.inodes.get(request.node)
+        mask = wire.number_32(request.body) & (READ | WRITE | EXECUTE)
+        caller = self._caller(inode, request)
+        if not caller.is_root:
+            caller.give_up_capabilities()
+        await self._require(inode, request, mask, caller)
+        return b""
+
     # Files
 
-    @answered
-    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> FileInfo:
-        node = self.inodes.get(inode)
+    async def open(self, request: Request) -> bytes:
+        node = self.inodes.get(request.node)
+        flags = wire.number_32(request.body)
         access = flags & os.O_ACCMODE
-        if access != os.O_RDONLY and node.row is not None and node.row.source is REAL:
+        mask = (READ, WRITE, READ | WRITE, READ | WRITE)[access]
+        if flags & os.O_TRUNC:
+            mask |= WRITE
+        await self._require(node, request, mask)
+        container, base, row = _of_container(node)
+        if access != os.O_RDONLY and not node.stored and row.effect is Effect.REAL:
             # Permission for sysctls does not follow from the mode alone, and whoever writes expects to hear of it
             # when opening. A read tells by itself.
-            container, base, _ = _of_container(node)
             await container.open(base, node.path, access)
-        handle = self._handle()
-        self._files[handle] = OpenFile(node, bool(flags & os.O_APPEND))
-        # direct_io: sizes say nothing in procfs and content changes unseen, so every read comes to us. Seekable, as
-        # sysctl files are (default_llseek).
-        return FileInfo(fh=handle, direct_io=True, keep_cache=False, nonseekable=False)
+        return wire.opened(self._handle(), OpenFlag.DIRECT_IO | OpenFlag.NOFLUSH)
 
     def _handle(self) -> int:
         handle, self._next_handle = self._next_handle, self._next_handle + 1
         return handle
 
-    @answered
-    async def read(self, fh: int, off: int, size: int) -> bytes:
-        file = self._files[fh]
-        container, base, row = _of_container(file.inode)
-        if row.source is REAL:
-            return await container.read(base, file.inode.path, off, size)
-        if not callable(row.source):
-            raise NodeError(errno.EISDIR)
-        if off == 0 or file.content is None:
-            file.content = row.source(container.owner, self._host)
-        return file.content[off : off + size]
+    async def read(self, request: Request) -> bytes:
+        node = self.inodes.get(request.node)
+        arguments = wire.io(request.body)
+        container, base, row = _of_container(node)
+        if node.attr is None:
+            await self._refresh(node)
+        if node.stored:
+            content = container.values.get(base, row)
+            if arguments.offset and not row.is_text:
+                return b""
+        elif callable(row.source):
+            content = self._made_up(container, row, arguments)
+        else:
+            return await self._read_real(container, base, node.path, arguments)
+        return content[arguments.offset : arguments.offset + arguments.size]
 
-    @answered
-    async def write(self, fh: int, off: int, buf: bytes) -> int:
-        file = self._files[fh]
-        container, base, row = _of_container(file.inode)
-        if row.effect is Effect.NONE:
-            raise NodeError(errno.EIO)
-        taken = buf[:DATA_MAX]
+    def _made_up(self, container: Container, row: Row, arguments: wire.IoIn) -> bytes:
+        """The content of a made-up node: one reader's is the same from its beginning to its end."""
+        assert callable(row.source)
+        content = self._contents.get(arguments.fh)
+        if content is None or not arguments.offset:
+            content = row.source(container.owner, self._host)
+            if len(self._contents) < _OPENED_MAX:
+                self._contents[arguments.fh] = content
+        return content
+
+    async def _read_real(self, container: Container, base: Base, path: bytes, arguments: wire.IoIn) -> bytes:
+        # A read that came to the end is followed by one that finds nothing more: that one need not be asked.
+        if self._ends.pop(arguments.fh, None) == arguments.offset:
+            return b""
+        data = await container.read(base, path, arguments.offset, arguments.size)
+        if 0 < len(data) < arguments.size and len(self._ends) < _OPENED_MAX:
+            self._ends[arguments.fh] = arguments.offset + len(data)
+        return data
+
+    async def write(self, request: Request) -> bytes:
+        node = self.inodes.get(request.node)
+        arguments = wire.io(request.body)
+        container, base, row = _of_container(node)
+        if node.attr is None:
+            await self._refresh(node)
+        data = wire.io_data(request.body)[:DATA_MAX]
         # What is appended goes to the end of a file of size 0; the kernel's idea of the size here is our last write.
-        position = 0 if file.append else off
-        if row.check is None:
-            return await container.write(base, file.inode.path, position, taken)
-        await container.write(base, file.inode.path, position, row.check(container.owner, taken))
-        return len(taken)
+        offset = 0 if arguments.flags & os.O_APPEND else arguments.offset
+        if row.capability is not None and not self._caller(node, request).has(row.capability):
+            raise NodeError(errno.EPERM)
+        if row.effect in (Effect.HOSTNAME, Effect.DOMAINNAME):
+            await self._write_name(container, base, row, offset, data)
+            return wire.written(len(data))
+        if node.stored and row.effect is not Effect.NONE:
+            return wire.written(self._write_stored(container, base, row, offset, data))
+        if row.effect is Effect.NONE or (row.is_stored and not row.may_be_real):
+            raise NodeError(errno.EIO)
+        if row.check is None or offset:
+            return wire.written(await container.write(base, node.path, offset, data))
+        # A number is taken as the row has it; how much of it counts as taken does not change by that.
+        current = await container.read(base, node.path, 0, DATA_MAX)
+        accepted = row.check(container.owner, current, data)
+        await container.write(base, node.path, 0, accepted.value)
+        return wire.written(accepted.taken)
 
-    @answered
-    async def release(self, fh: int) -> None:
-        self._files.pop(fh, None)
+    def _write_stored(self, container: Container, base: Base, row: Row, offset: int, data: bytes) -> int:
+        assert row.check is not None
+        current = container.values.get(base, row)
+        if offset and not row.is_text:
+            return len(data)  # ignored: sysctl_writes_strict
+        accepted = row.check(container.owner, current, _at(offset, current, data))
+        container.values.set(base, row, accepted.value)
+        if row.effect is Effect.RAISE:
+            self._host.raise_to(base, row.path, int(accepted.value.split()[0]))
+        return accepted.taken if not offset else len(data)
 
-    @answered
-    async def fsync(self, fh: int, datasync: bool) -> None:
+    async def _write_name(self, container: Container, base: Base, row: Row, offset: int, data: bytes) -> None:
+        assert row.check is not None
+        current = await container.read(base, row.path, 0, DATA_MAX) if offset else b"\n"
+        accepted = row.check(container.owner, current, _at(offset, current, data))
+        op = Op.SETHOSTNAME if row.effect is Effect.HOSTNAME else Op.SETDOMAINNAME
+        await container.set_name(op, accepted.value[:-1])
+
+    async def release(self, request: Request) -> bytes:
+        fh = wire.number_64(request.body)
+        self._contents.pop(fh, None)
+        self._ends.pop(fh, None)
+        return b""
+
+    async def fsync(self, request: Request) -> bytes:
         raise NodeError(errno.EINVAL)  # as for any file without the operation (vfs_fsync_range in fs/sync.c)
 
     # Directories
 
-    @answered
-    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
-        node = self.inodes.get(inode)
-        handle = self._handle()
-        self._listings[handle] = Listing(node, self._table, self._named_containers)
-        return handle
+    async def opendir(self, request: Request) -> bytes:
+        await self._require(self.inodes.get(request.node), request, READ)
+        return wire.opened(0, 0)
 
-    def _named_containers(self) -> Iterable[tuple[bytes, Container]]:
-        return ((id.encode(), container) for id, container in self.containers.items())
+    async def readdir(self, request: Request) -> bytes:
+        return await self._list(request, plus=False)
 
-    @answered
-    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        listing = self._listings[fh]
-        page = await listing.page(start_id)
+    async def readdirplus(self, request: Request) -> bytes:
+        return await self._list(request, plus=True)
+
+    async def _list(self, request: Request, *, plus: bool) -> bytes:
+        inode = self.inodes.get(request.node)
+        arguments = wire.io(request.body)
+        named = ((id.encode(), container) for id, container in self.containers.items())
+        listing = Listing(inode, self._table, named)
+        pages = await listing.page(arguments.offset)
+        while pages and sum(_room(entry, plus) for entry in pages) < arguments.size:
+            following = await listing.page(pages[-1].cookie)
+            if not following:
+                break
+            pages += following
         # From here on nothing waits and nothing fails: what was handed over counts as looked up.
-        taken = 0
-        for entry in page:
-            if entry.is_dot or entry.container is None:
-                if not pyfuse3.readdir_reply(
-                    token, entry.name, _entry(listing.inode, entry.attr), entry.cookie
-                ):
-                    break
-            else:
-                kind = stat.S_IFMT(entry.attr.mode)
-                inode = self.inodes.intern(entry.container, entry.base, entry.path, entry.row, kind)
-                if not pyfuse3.readdir_reply(token, entry.name, _entry(inode, entry.attr), entry.cookie):
-                    self.inodes.drop_unused(inode)
-                    break
-                inode.lookups += 1
-            taken += 1
-        listing.taken(taken)
+        parts: list[bytes] = []
+        room = arguments.size
+        for entry in pages:
+            room -= _room(entry, plus)
+            if room < 0:
+                break
+            parts.append(self._listed(inode, entry, plus))
+        return b"".join(parts)
 
-    @answered
-    async def releasedir(self, fh: int) -> None:
-        self._listings.pop(fh, None)
+    def _listed(self, directory: Inode, entry: Listed, plus: bool) -> bytes:
+        mode, cookie = entry.attr.mode, entry.cookie
+        if entry.is_dot or entry.container is None:
+            known, number = None, directory.number
+        elif not plus:
+            # No number that the kernel would not give back; any but 0, which readdir(3) leaves out, will do.
+            return wire.dirent(entry.name, 1 << 32 | hash(entry.path) & 0xFFFFFFFF, mode, cookie)
+        else:
+            inode = self._know(entry.container, entry.base, entry.path, entry.row, entry.attr, entry.stored)
+            inode.lookups += 1
+            known, number = _entry(inode), inode.number
+        if plus:
+            return wire.direntplus(entry.name, known, number, mode, cookie)
+        return wire.dirent(entry.name, number, mode, cookie)
 
-    @answered
-    async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        raise NodeError(errno.EINVAL)
+    async def statfs(self, request: Request) -> bytes:
+        return wire.statfs(NAME_MAX)
 
-    @answered
-    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
-        data = pyfuse3.StatvfsData()
-        data.f_bsize = data.f_frsize = BLOCK_SIZE
-        data.f_namemax = NAME_MAX
-        return data
+    # What procfs and sysfs have no operation for: the caller hears what the real filesystem would have said.
 
-    # What procfs and sysfs have no operation for. Most callers are refused by the mode of the directory already; the
-    # rest, those with CAP_DAC_OVERRIDE over it, hear what the real filesystem would have said to them.
+    async def setxattr(self, request: Request) -> bytes:
+        await self._require(self.inodes.get(request.node), request, WRITE)
+        raise NodeError(errno.EOPNOTSUPP)
 
-    @answered
-    async def create(
-        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
-    ) -> NoReturn:
-        self._refuse_new(parent_inode, errno.EACCES)  # lookup_open in fs/namei.c
+    async def create(self, request: Request) -> bytes:
+        await self._refuse_new(request, errno.EACCES)  # lookup_open in fs/namei.c
+        return b""
 
-    @answered
-    async def mknod(
-        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
-    ) -> NoReturn:
-        self._refuse_new(parent_inode)
+    async def make(self, request: Request) -> bytes:
+        await self._refuse_new(request, errno.EPERM)
+        return b""
 
-    @answered
-    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext) -> NoReturn:
-        self._refuse_new(parent_inode)
-
-    @answered
-    async def symlink(
-        self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
-    ) -> NoReturn:
-        self._refuse_new(parent_inode)
-
-    @answered
-    async def link(
-        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
-    ) -> NoReturn:
-        self._refuse_new(new_parent_inode)
-
-    @answered
-    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> NoReturn:
-        self._refuse_change(parent_inode)
-
-    @answered
-    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> NoReturn:
-        self._refuse_change(parent_inode)
-
-    @answered
-    async def rename(
-        self,
-        parent_inode_old: int,
-        name_old: bytes,
-        parent_inode_new: int,
-        name_new: bytes,
-        flags: int,
-        ctx: pyfuse3.RequestContext,
-    ) -> NoReturn:
-        self._refuse_change(parent_inode_old)
-
-    def _refuse_new(self, directory: int, otherwise: int = errno.EPERM) -> NoReturn:
+    async def _refuse_new(self, request: Request, otherwise: int) -> None:
         """In /proc/sys a name that does not exist cannot even be looked up (proc_sys_lookup)."""
-        raise NodeError(errno.ENOENT if self.inodes.get(directory).base is Base.PROC else otherwise)
+        directory = self.inodes.get(request.node)
+        if directory.base is Base.PROC:
+            raise NodeError(errno.ENOENT)
+        await self._require(directory, request, WRITE)
+        raise NodeError(otherwise)
 
-    def _refuse_change(self, directory: int) -> NoReturn:
+    async def change(self, request: Request) -> bytes:
         """In /proc/sys no capability overrides the mode of a directory (test_perm in fs/proc/proc_sysctl.c)."""
-        raise NodeError(errno.EACCES if self.inodes.get(directory).base is Base.PROC else errno.EPERM)
+        directory = self.inodes.get(request.node)
+        if directory.base is Base.PROC:
+            raise NodeError(errno.EACCES)
+        await self._require(directory, request, WRITE)
+        raise NodeError(errno.EPERM)
 
-    # flush, poll, access and extended attributes stay ENOSYS: the kernel then stops asking and answers by itself
-    # (0, always ready, by mode, EOPNOTSUPP).
+
+def _room(entry: Listed, plus: bool) -> int:
+    """Bytes that an entry takes in a listing (FUSE_DIRENTPLUS_SIZE, FUSE_DIRENT_SIZE)."""
+    return (152 if plus else 24) + (len(entry.name) + 7 & ~7)
 
 
 def _of_container(inode: Inode) -> tuple[Container, Base, Row]:
@@ -345,23 +414,18 @@ def _of_container(inode: Inode) -> tuple[Container, Base, Row]:
     return inode.container, inode.base, inode.row
 
 
-def _entry(inode: Inode, attr: Attr) -> EntryAttributes:
-    entry = EntryAttributes()
-    entry.st_ino = inode.number
-    entry.generation = 0
+def _at(offset: int, current: bytes, data: bytes) -> bytes:
+    """What a string is after a write at ``offset``: up to there it stays as it is (_proc_do_string)."""
+    before = current.removesuffix(b"\n")
+    return before[:offset] + data if offset <= len(before) else before
+
+
+def _attr_cache_s(inode: Inode) -> int:
+    return FOREVER_S if inode.row is None else inode.row.cache_s
+
+
+def _entry(inode: Inode) -> bytes:
+    assert inode.attr is not None
     # A container's directory has no row: whether the container is still served must be asked each time.
-    cache_s = inode.row.cache_s if inode.row is not None else 0.0
-    entry.entry_timeout = cache_s
-    entry.attr_timeout = FOREVER_S if inode.row is None else cache_s
-    entry.st_mode = stat.S_IFMT(attr.mode) | attr.mode & 0o1777  # no setuid: this is not where programs live
-    entry.st_nlink = attr.nlink
-    entry.st_uid = attr.uid
-    entry.st_gid = attr.gid
-    entry.st_rdev = 0
-    entry.st_size = attr.size
-    entry.st_blksize = BLOCK_SIZE
-    entry.st_blocks = 0
-    entry.st_atime_ns = attr.atime_ns
-    entry.st_mtime_ns = attr.mtime_ns
-    entry.st_ctime_ns = attr.ctime_ns
-    return entry
+    name_s = inode.row.name_cache_s(inode.path) if inode.row is not None else 0
+    return wire.entry(inode.number, inode.attr, name_s, _attr_cache_s(inode))

@@ -6,13 +6,14 @@ in procfs and sysfs); ours are above 2^61, so that a listing can be picked up an
 
 from __future__ import annotations
 
+import errno
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from interceptor.view.envoy import Container
 from interceptor.view.inodes import Inode
-from interceptor.view.nodes import REAL, NodeError, Row, Table, join
+from interceptor.view.nodes import NodeError, Row, Table, join
 from interceptor.view.protocol import Attr, Base
 
 _AFTER_DOT = 1 << 61
@@ -32,6 +33,7 @@ class Listed(NamedTuple):
     base: Base | None
     path: bytes
     row: Row | None
+    stored: bool = False
 
     @property
     def is_dot(self) -> bool:
@@ -45,11 +47,12 @@ def directory_attr(mode: int, time_ns: int) -> Attr:
 
 
 def fixed_attr(row: Row, container: Container) -> Attr:
-    """Attributes that a row gives its node; it belongs to the host's root, as most of procfs and sysfs does."""
+    """Attributes that a row gives its node."""
     if row.mode is None:
         raise ValueError(f"row {row.path!r} has no attributes of its own")
     at = container.since_ns
-    return Attr(row.mode, 1, 0, 0, 0, at, at, at)
+    uid, gid = (container.owner.uid, container.owner.gid) if row.rooted else (0, 0)
+    return Attr(row.mode, 1, uid, gid, 0, at, at, at)
 
 
 def shown_attr(row: Row, container: Container, real: Attr) -> Attr:
@@ -59,38 +62,54 @@ def shown_attr(row: Row, container: Container, real: Attr) -> Attr:
     return real
 
 
-class Listing:
-    """An open directory. Keeps what was fetched and did not fit into the kernel's buffer."""
+def is_there(table: Table, container: Container, base: Base, row: Row) -> bool:
+    """Whether a container has what a row makes up."""
+    if row.is_stored:
+        return container.values.has(base, row)
+    if row.may_be_real:  # a directory: as long as something is in it
+        below = table.children(base, row.path).values()
+        return any(is_there(table, container, base, child) for child in below)
+    return True
 
-    def __init__(
-        self, inode: Inode, table: Table, containers: Callable[[], Iterable[tuple[bytes, Container]]]
-    ) -> None:
+
+async def look(table: Table, container: Container, base: Base, path: bytes, row: Row) -> tuple[Attr, bool]:
+    """A node's attributes, and whether the container's own value is meant. `NodeError` ENOENT if it is not there."""
+    if not row.is_fixed_at(path):
+        return shown_attr(row, container, await container.getattr(base, path)), False
+    if row.may_be_real:
+        try:
+            real = await container.getattr(base, path)
+        except NodeError as error:
+            if error.errno != errno.ENOENT:
+                raise
+        else:
+            if means_real(row, real):
+                return shown_attr(row, container, real), False
+    if not is_there(table, container, base, row):
+        raise NodeError(errno.ENOENT)
+    return fixed_attr(row, container), row.is_stored
+
+
+def means_real(row: Row, real: Attr) -> bool:
+    """Whether a real node, where a row may be real, is what the container gets: it must be writable there."""
+    return row.may_be_real and (stat.S_ISDIR(real.mode) or bool(real.mode & 0o222))
+
+
+class Listing:
+    """One reading of a directory, from some position on."""
+
+    def __init__(self, inode: Inode, table: Table, containers: Iterable[tuple[bytes, Container]]) -> None:
         self.inode = inode
         self._table = table
         self._containers = containers
-        self._seen: set[bytes] = set()  # rows that the real directory has as well
-        self._page: list[Listed] = []
-        self._position = 0
 
     async def page(self, position: int) -> list[Listed]:
         """Entries from ``position`` on; an empty list at the end. `NodeError` as the real directory has it."""
-        if position == 0 or position != self._position or not self._page:
-            self._page = await self._fetch(position)
-        return self._page
-
-    def taken(self, count: int) -> None:
-        """The first ``count`` entries of the page went to the kernel."""
-        if count:
-            self._position = self._page[count - 1].cookie
-            del self._page[:count]
-
-    async def _fetch(self, position: int) -> list[Listed]:
         if position == 0:
-            self._seen.clear()
             return self._dots()
         if position == _AFTER_DOT:
             return self._dots()[1:]
-        if self.inode.row is not None and self.inode.row.source is REAL and position < _ROWS:
+        if self.inode.row is not None and self.inode.row.covers_below and position < _ROWS:
             page = await self._real(0 if position == _AFTER_DOTDOT else position)
             if page:
                 return page
@@ -103,34 +122,36 @@ class Listing:
         return [Listed(b".", attr, _AFTER_DOT, *where), Listed(b"..", attr, _AFTER_DOTDOT, *where)]
 
     async def _real(self, cookie: int) -> list[Listed]:
-        """The next entries of the real directory; rows take precedence over real nodes of the same name."""
+        """The next entries of the real directory; names that rows stand for come with the rows."""
         container, base, directory = self.inode.container, self.inode.base, self.inode.path
         above = self.inode.row
         assert container is not None and base is not None and above is not None
         rows = self._table.children(base, directory)
         while True:
-            entries, following = await container.list(base, directory, cookie)
+            try:
+                entries, following = await container.list(base, directory, cookie)
+            except NodeError as error:
+                if error.errno == errno.ENOENT and above.may_be_real:
+                    return []
+                raise
             page = []
             for name, attr, after in entries:
                 row = rows.get(name, above)
-                if name in rows and row.mode is not None:
-                    attr = fixed_attr(row, container)
-                    self._seen.add(name)
-                else:
-                    attr = shown_attr(row, container, attr)
-                page.append(Listed(name, attr, after, container, base, join(directory, name), row))
+                if name not in rows or row.mode is None:
+                    shown = shown_attr(row, container, attr)
+                    page.append(Listed(name, shown, after, container, base, join(directory, name), row))
             # Everything on a page may have vanished meanwhile; a cookie that does not move would go round for ever.
             if page or following in (0, cookie):
                 return page
             cookie = following
 
     async def _made_up(self) -> list[Listed]:
-        """What is there because we say so: containers, their two filesystems, rows that are in no real directory."""
+        """What is there because we say so: containers, their two filesystems, rows with attributes of their own."""
         container, base = self.inode.container, self.inode.base
         if container is None:
             return [
                 Listed(name, directory_attr(0o555, c.since_ns), _ROWS + index, c, None, b"", None)
-                for index, (name, c) in enumerate(self._containers(), 1)
+                for index, (name, c) in enumerate(self._containers, 1)
             ]
         if base is not None:
             return await self._rows(container, base)
@@ -149,19 +170,14 @@ class Listing:
 
     async def _rows(self, container: Container, base: Base) -> list[Listed]:
         found = []
-        within_real = self.inode.row is not None and self.inode.row.source is REAL
+        within_real = self.inode.row is not None and self.inode.row.covers_below
         for index, (name, row) in enumerate(self._table.children(base, self.inode.path).items(), 1):
-            path = join(self.inode.path, name)
-            if row.mode is not None:
-                if name in self._seen:
-                    continue
-                attr = fixed_attr(row, container)
-            elif within_real:
+            if row.mode is None and within_real:
                 continue  # the real directory has listed it, if it is there
-            else:
-                try:
-                    attr = shown_attr(row, container, await container.getattr(base, path))
-                except NodeError:
-                    continue
-            found.append(Listed(name, attr, _ROWS + index, container, base, path, row))
+            path = join(self.inode.path, name)
+            try:
+                attr, stored = await look(self._table, container, base, path, row)
+            except NodeError:
+                continue
+            found.append(Listed(name, attr, _ROWS + index, container, base, path, row, stored))
         return found

@@ -1,8 +1,9 @@
 """What a node of the view is: a row of the tables in ``proc.py`` and ``sys.py``, and how a path finds its row.
 
 A row names a path relative to its filesystem and says where reads come from (``source``), what may be written
-(``check``) and what a write does (``effect``). A row whose source is the real node stands for everything below its
-path too, unless a longer row says otherwise. Rows are plain data; nothing here makes a system call.
+(``check``), what a write does (``effect``) and who may (``rights``, ``capability``, ``refusal``). A row whose source is
+the real node stands for everything below its path too, unless a longer row says otherwise. Rows are plain data; nothing
+here makes a system call.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from interceptor.view.protocol import Base
+
+if TYPE_CHECKING:
+    from interceptor.view.sysctl import Check
 
 
 class NodeError(Exception):
@@ -36,16 +40,23 @@ class Owner:
     gid: int
     created_ns: int
     """When the container was created, nanoseconds of CLOCK_BOOTTIME."""
+    groups: int = 65536
+    """How many group ids, from 0 on, are mapped in the container."""
+    userns: int = 0
+    """Inode number of its user namespace; 0 if not known."""
 
 
 class Host(Protocol):
-    """What sources may ask about the host."""
+    """What sources and stored values may ask about the host."""
 
     def boottime_ns(self) -> int:
         """CLOCK_BOOTTIME in nanoseconds: runs on during suspend."""
 
     def idle_ratio(self) -> float:
         """Idle seconds per second of uptime, summed over all processors, since the host booted."""
+
+    def read(self, base: Base, path: bytes) -> bytes | None:
+        """What the host's own node says; None if it has none or does not tell."""
 
 
 class Real(Enum):
@@ -55,17 +66,22 @@ class Real(Enum):
 
 
 class Directory(Enum):
-    """The source of a directory that holds nothing but other rows."""
+    """Sources of a directory that is there because rows are in it."""
 
     OF_ROWS = "directory"
+    WHERE_NOT_REAL = "real where the container's namespaces have it, else for the rows in it that are there"
+
+
+class Stored(Enum):
+    """Sources that are a value kept for the container, the host's at first."""
+
+    ALWAYS = "stored"
+    WHERE_NOT_REAL = "real where the container's namespaces have the node and let it be written, else stored"
 
 
 REAL = Real.NODE
-Source = Real | Directory | Callable[[Owner, Host], bytes]
+Source = Real | Directory | Stored | Callable[[Owner, Host], bytes]
 """Where reads come from. A function gives the whole content; it is called when a reader is at offset 0."""
-
-Check = Callable[[Owner, bytes], bytes]
-"""Given what was written, what is to take effect. `NodeError` (EINVAL, as a rule) refuses it."""
 
 
 class Effect(Enum):
@@ -75,6 +91,43 @@ class Effect(Enum):
     """Fails with EIO, as a procfs entry without a write operation does (proc_reg_write in fs/proc/inode.c)."""
     REAL = "real"
     """Goes to the real node, whose errno is the caller's."""
+    STORE = "per container"
+    """Is kept for the container; the host is not touched."""
+    RAISE = "raise host"
+    """Is kept for the container, and the host's value is raised if it is lower, never lowered."""
+    HOSTNAME = "hostname"
+    """sethostname(2) in the container's UTS namespace: the real node takes writes from the initial root alone."""
+    DOMAINNAME = "domainname"
+    """setdomainname(2), for the same reason."""
+
+
+class Rights(Enum):
+    """By which rule of the kernel's a caller's rights over a node are judged."""
+
+    SYSCTL = "the bits for owner, group or others, and no capability overrides them (test_perm)"
+    NETWORK = "the owner's bits with CAP_NET_ADMIN, else those for others (net_ctl_permissions)"
+    LIMITS = (
+        "the owner's bits with CAP_SYS_RESOURCE, else those for others (set_permissions in kernel/ucount.c)"
+    )
+    CHECKPOINT = "as SYSCTL, and everything with CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN (ipc_permissions)"
+    FILE = "as any file: by owner, group and others, or by CAP_DAC_OVERRIDE (generic_permission)"
+
+
+class Capability(Enum):
+    """Those that some rows ask for, by number (linux/capability.h)."""
+
+    DAC_OVERRIDE = 1
+    DAC_READ_SEARCH = 2
+    NET_ADMIN = 12
+    SYS_RAWIO = 17
+    SYS_PTRACE = 19
+    SYS_ADMIN = 21
+    SYS_RESOURCE = 24
+    CHECKPOINT_RESTORE = 40
+
+
+_LASTING = frozenset({b"all", b"default", b"lo"})
+"""What every network namespace has as long as it lives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,21 +141,56 @@ class Row:
     check: Check | None = None
     effect: Effect = Effect.NONE
     rooted: bool = False
-    """Files belong to the container's root, whatever the real ones say: those that the kernel lets it write by a rule
-    of their own, while the view's files are judged by mode and owner (default_permissions)."""
-    cache_s: float = 0.0
-    """How long the kernel may take names and attributes for granted; 0 where they can go without our knowing."""
+    """Files belong to the container's root, whatever the real ones say."""
+    cache_s: int = 0
+    """How many seconds the kernel may take names and attributes for granted; 0 where they can go unseen."""
+    by_device: bool = False
+    """Names right below are those of network devices, which come and go unseen: they are asked for each time."""
+    rights: Rights = Rights.FILE
+    capability: Capability | None = None
+    """What a writer must have, too, or hear EPERM."""
+    refusal: int | None = None
+    """Errno for opening for writing, for everybody who might; None: by mode alone."""
+    default: bytes | None = None
+    """What a stored value is at first where the host has no such node; None: then the container has none either."""
+    is_text: bool = False
+    """Read and written from any position, as strings are. Numbers come whole, at position 0 (kernel/sysctl.c)."""
 
     def __post_init__(self) -> None:
         if self.source is not REAL and (self.mode is None or self.effect is Effect.REAL):
             raise ValueError(f"row {self.path!r}: only the real node has attributes and effects of its own")
+        if (self.effect in (Effect.STORE, Effect.RAISE)) != (self.is_stored and self.check is not None):
+            raise ValueError(f"row {self.path!r}: what is stored has a source and a check for it")
+
+    @property
+    def covers_below(self) -> bool:
+        """Whether this row stands for what is below its path, too."""
+        return self.source is REAL or self.source is Directory.WHERE_NOT_REAL
+
+    @property
+    def may_be_real(self) -> bool:
+        """Whether the container's namespaces may have the node: it is asked for there first."""
+        return self.source is Stored.WHERE_NOT_REAL or self.source is Directory.WHERE_NOT_REAL
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the container may have a value of its own here."""
+        return isinstance(self.source, Stored)
+
+    def name_cache_s(self, path: bytes) -> int:
+        """How many seconds the kernel may take the name at ``path``, which this row stands for, for granted."""
+        if self.by_device:
+            directory, _, name = path.rpartition(b"/")
+            if directory == self.path and name not in _LASTING:
+                return 0
+        return self.cache_s
 
     def is_fixed_at(self, path: bytes) -> bool:
         """Whether the attributes at ``path``, which this row stands for, are the row's own."""
         return self.mode is not None and path == self.path
 
 
-FOREVER_S = 3600.0
+FOREVER_S = 3600
 """``cache_s`` of what cannot change while the container lives."""
 
 
@@ -111,21 +199,102 @@ def real(
     *,
     mode: int | None = None,
     check: Check | None = None,
+    effect: Effect = Effect.REAL,
     rooted: bool = False,
-    cache_s: float = 0.0,
+    cache_s: int = 0,
+    by_device: bool = False,
+    rights: Rights = Rights.FILE,
+    refusal: int | None = None,
 ) -> Row:
     """The row of a node, and of all below it, that is read and written where it really is."""
-    return Row(path, REAL, mode=mode, check=check, effect=Effect.REAL, rooted=rooted, cache_s=cache_s)
+    return Row(
+        path,
+        REAL,
+        mode=mode,
+        check=check,
+        effect=effect,
+        rooted=rooted,
+        cache_s=cache_s,
+        by_device=by_device,
+        rights=rights,
+        refusal=refusal,
+    )
 
 
-def text(path: bytes, source: Callable[[Owner, Host], bytes], mode: int = 0o444) -> Row:
+def text(
+    path: bytes,
+    source: Callable[[Owner, Host], bytes],
+    mode: int = 0o444,
+    *,
+    rooted: bool = False,
+    rights: Rights = Rights.FILE,
+    refusal: int | None = None,
+) -> Row:
     """The row of a read-only file whose content we make up."""
-    return Row(path, source, mode=stat.S_IFREG | mode, cache_s=FOREVER_S)
+    return Row(
+        path,
+        source,
+        mode=stat.S_IFREG | mode,
+        rooted=rooted,
+        cache_s=FOREVER_S,
+        rights=rights,
+        refusal=refusal,
+        is_text=True,
+    )
+
+
+def own(
+    path: bytes,
+    check: Check,
+    *,
+    effect: Effect = Effect.STORE,
+    mode: int = 0o644,
+    source: Stored = Stored.ALWAYS,
+    rights: Rights = Rights.SYSCTL,
+    capability: Capability | None = None,
+    default: bytes | None = None,
+    is_text: bool = False,
+) -> Row:
+    """The row of a value that each container has for itself."""
+    return Row(
+        path,
+        source,
+        mode=stat.S_IFREG | mode,
+        check=check,
+        effect=effect,
+        rooted=True,
+        cache_s=FOREVER_S if source is Stored.ALWAYS else 1,
+        rights=rights,
+        capability=capability,
+        default=default,
+        is_text=is_text,
+    )
+
+
+def cached(path: bytes, *, rights: Rights = Rights.SYSCTL) -> Row:
+    """The row of a read-only node whose value never changes: asked of the host once."""
+    return Row(path, Stored.ALWAYS, mode=stat.S_IFREG | 0o444, cache_s=FOREVER_S, rights=rights)
 
 
 def constant(content: bytes) -> Callable[[Owner, Host], bytes]:
     """A source that always says the same."""
     return lambda _owner, _host: content
+
+
+def directory(path: bytes, mode: int = 0o755) -> Row:
+    """The row of an empty directory, or of one that holds nothing but other rows."""
+    return Row(path, Directory.OF_ROWS, mode=stat.S_IFDIR | mode, cache_s=FOREVER_S)
+
+
+def some_directory(path: bytes, rights: Rights) -> Row:
+    """The row of a directory that the host may have where the container's namespaces do not."""
+    return Row(
+        path,
+        Directory.WHERE_NOT_REAL,
+        mode=stat.S_IFDIR | 0o555,
+        cache_s=1,
+        rights=rights,
+    )
 
 
 def join(directory: bytes, name: bytes) -> bytes:
@@ -169,7 +338,7 @@ class Table:
             path = path.rpartition(b"/")[0]
             row = self._rows.get((base, path))
             if row is not None:
-                return row if row.source is REAL else None
+                return row if row.covers_below else None
         return None
 
     def child(self, base: Base, directory: bytes, name: bytes) -> Row:

@@ -47,6 +47,8 @@ class Op(IntEnum):
     WRITE = 4
     READLINK = 5
     OPEN = 6
+    SETHOSTNAME = 7
+    SETDOMAINNAME = 8
 
 
 class Base(IntEnum):
@@ -148,21 +150,27 @@ ContainerId = Annotated[str, msgspec.Meta(pattern=r"^(?!\.\.?\Z)[A-Za-z0-9_+.-]{
 Kuid = Annotated[int, msgspec.Meta(ge=0, lt=2**32 - 1)]
 
 
-class _Message(msgspec.Struct, frozen=True, tag_field="op", tag=str.lower, forbid_unknown_fields=True):
-    pass
+class _Message(
+    msgspec.Struct, frozen=True, tag_field="op", tag=str.lower, forbid_unknown_fields=True, kw_only=True
+):
+    n: int = 0
+    """Repeated in the answer: answers to questions of somebody who was killed are told apart by it."""
 
 
 class Add(_Message, frozen=True):
     """Serve a container; beside it one descriptor, the socket to its envoy.
 
     ``uid`` and ``gid`` are what the container's root is on the host; ``created_ns`` is when it was created, in
-    nanoseconds of CLOCK_BOOTTIME. Naming a container whose envoy has ended gives it a new one.
+    nanoseconds of CLOCK_BOOTTIME; ``groups`` is how many ids are mapped from 0 on; ``userns`` is the inode number of
+    its user namespace. Naming a container whose envoy has ended gives it a new one.
     """
 
     id: ContainerId
     uid: Kuid
     gid: Kuid
     created_ns: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+    groups: Annotated[int, msgspec.Meta(ge=1, le=2**32 - 1)] = 65536
+    userns: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
 
 
 class Remove(_Message, frozen=True):
@@ -175,15 +183,19 @@ class List(_Message, frozen=True):
     """Which containers are served: the answer has ``containers``, an object from id to whether its envoy lives."""
 
 
+class Begin(_Message, frozen=True):
+    """Now serve the kernel: every container there is has been added. On the boot socket, once."""
+
+
 class Ping(_Message, frozen=True):
     """Nothing but an answer."""
 
 
 class Quit(_Message, frozen=True):
-    """Unmount and end."""
+    """End. The mount stays, without anybody to serve it unless the connection is held elsewhere."""
 
 
-Message = Add | Remove | List | Ping | Quit
+Message = Add | Remove | List | Begin | Ping | Quit
 _message_decoder: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
 _encoder = msgspec.json.Encoder()
 
@@ -201,12 +213,24 @@ def encode_message(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
-def encode_answer(error: str | None = None, **facts: object) -> bytes:
-    """What the server answers on the control socket: ``{"ok": true}`` and facts, or ``{"ok": false, "error": …}``."""
-    if error is not None:
-        return _encoder.encode({"ok": False, "error": error})
-    return _encoder.encode({"ok": True, **facts})
+def number_of(packet: bytes) -> int:
+    """The number of a message that may be none."""
+    try:
+        return msgspec.json.decode(packet, type=_Numbered).n
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return 0
 
 
-READY = _encoder.encode({"ready": True})
-"""Sent unasked once the filesystem is mounted."""
+class _Numbered(msgspec.Struct):
+    n: int = 0
+
+
+def encode_answer(error: str | None = None, *, n: int = 0, **facts: object) -> bytes:
+    """What the server answers on the control socket: ``{"ok": true}`` and facts, or ``{"ok": false, "error": …}``.
+
+    With the number of the message, where that has one.
+    """
+    answer: dict[str, object] = {"ok": True, **facts} if error is None else {"ok": False, "error": error}
+    if n:
+        answer["n"] = n
+    return _encoder.encode(answer)

@@ -1,0 +1,131 @@
+"""The host as the view sees it: its clock, its own nodes, its processes.
+
+All of it goes through descriptors of the host's procfs and sysfs that were opened at the start, by paths from our
+tables and numbers, never by names that a container gave: nothing here can come to a path that the view serves.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import structlog
+
+from interceptor.view.nodes import Capability
+from interceptor.view.protocol import Base
+
+log = structlog.get_logger(__name__)
+
+_READ_MAX = 4096
+_STATUS_MAX = 16384
+
+
+class Credentials(NamedTuple):
+    """What a caller has beyond its ids."""
+
+    groups: frozenset[int]
+    capabilities: int
+    userns: int
+    """Inode number of its user namespace, which its capabilities are for."""
+
+    def has(self, capability: Capability) -> bool:
+        """Whether the capability is in its effective set."""
+        return bool(self.capabilities >> capability.value & 1)
+
+
+NOBODY = Credentials(frozenset(), 0, 0)
+"""A caller that is gone, or that nothing is known of."""
+
+
+def parse_status(status: bytes, userns: int) -> Credentials:
+    """The credentials in a /proc/PID/status (proc_pid_status(5))."""
+    groups: frozenset[int] = frozenset()
+    capabilities = 0
+    for line in status.split(b"\n"):
+        if line.startswith(b"Groups:"):
+            groups = frozenset(int(word) for word in line[7:].split())
+        elif line.startswith(b"CapEff:"):
+            capabilities = int(line[7:], 16)
+    return Credentials(groups, capabilities, userns)
+
+
+@dataclass(frozen=True, slots=True)
+class OverflowIds:
+    """What ids without a mapping look like from inside a user namespace (/proc/sys/kernel/overflow[ug]id)."""
+
+    uid: int = 65534
+    gid: int = 65534
+
+
+class KernelHost:
+    """The real one."""
+
+    def __init__(self, *, writes: bool = True) -> None:
+        """``writes``: whether values of the host may be raised."""
+        self._writes = writes
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+        self._bases = {Base.PROC: os.open("/proc", flags), Base.SYS: os.open("/sys", flags)}
+        self._uptime_fd = os.open("/proc/uptime", os.O_RDONLY | os.O_CLOEXEC)
+        self.initial_userns = os.stat("/proc/self/ns/user").st_ino
+
+    def boottime_ns(self) -> int:
+        """CLOCK_BOOTTIME in nanoseconds."""
+        return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+    def idle_ratio(self) -> float:
+        """Idle seconds per second of uptime, summed over all processors."""
+        up, idle = os.pread(self._uptime_fd, 128, 0).split()
+        return float(idle) / max(float(up), 0.01)
+
+    def read(self, base: Base, path: bytes) -> bytes | None:
+        """What a node of the host says; None if there is none or it does not tell."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._bases[base])
+        except OSError:
+            return None
+        try:
+            return os.read(fd, _READ_MAX)
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
+
+    def raise_to(self, base: Base, path: bytes, value: int) -> None:
+        """Raises a number of the host's to ``value``, unless it is that large already or must not be changed."""
+        if not self._writes:
+            return
+        before = self.read(base, path)
+        if before is None or int(before.split()[0]) >= value:
+            return
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC, dir_fd=self._bases[base])
+            try:
+                os.write(fd, b"%d\n" % value)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            log.warning("host_value_not_raised", path=path, value=value, error=str(error))
+            return
+        log.info("host_value_raised", path=path, before=int(before.split()[0]), value=value)
+
+    def credentials(self, pid: int) -> Credentials:
+        """Of a thread that waits for us, by its id in this process's PID namespace."""
+        proc = self._bases[Base.PROC]
+        try:
+            userns = os.stat(f"{pid}/ns/user", dir_fd=proc).st_ino
+            fd = os.open(f"{pid}/status", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
+        except OSError:
+            return NOBODY
+        try:
+            return parse_status(os.read(fd, _STATUS_MAX), userns)
+        except (OSError, ValueError):
+            return NOBODY
+        finally:
+            os.close(fd)
+
+    def overflow_ids(self) -> OverflowIds:
+        """What unmapped ids look like on this host."""
+        uid, gid = (self.read(Base.PROC, b"sys/kernel/" + name) for name in (b"overflowuid", b"overflowgid"))
+        return OverflowIds(int(uid or 65534), int(gid or 65534))

@@ -1,0 +1,114 @@
+"""The connection to the kernel: requests in, operations started, answers out, by one descriptor on /dev/fuse.
+
+The connection lives as long as any duplicate of the descriptor does, so a server that is killed leaves requests behind
+that it had read and not answered. Its successor asks for them again and answers EIO to each: what they did is not
+known, and one of them may be what killed it. What was not read yet is served as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+
+import structlog
+
+from interceptor.view import wire
+from interceptor.view.filesystem import View
+from interceptor.view.tasks import Task
+from interceptor.view.wire import Opcode, Request
+
+log = structlog.get_logger(__name__)
+
+_BATCH = 64
+"""Most requests that are taken before others get their turn: envoys, orders."""
+
+
+class Session:
+    """Serves one connection."""
+
+    def __init__(self, device: int, view: View, unmounted: Callable[[], None]) -> None:
+        """Takes over the descriptor. ``unmounted`` is called when there is nothing more to serve."""
+        os.set_blocking(device, False)
+        self._device = device
+        self._view = view
+        self._unmounted = unmounted
+        self._buffer = bytearray(wire.BUFFER_SIZE)
+        self._waiting: dict[int, Task] = {}
+
+    def fileno(self) -> int:
+        """The device's descriptor."""
+        return self._device
+
+    def take_over(self) -> None:
+        """Have the kernel send again what a predecessor read and did not answer."""
+        try:
+            os.write(self._device, wire.resend())
+        except OSError as error:
+            # A connection that nobody has answered INIT on yet, or Linux before 6.9.
+            log.warning("requests_not_resent", error=str(error))
+
+    def receive(self) -> None:
+        """Take what is there and start on it."""
+        for _ in range(_BATCH):
+            try:
+                length = os.readv(self._device, [self._buffer])
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.EINTR):
+                    continue  # interrupted before we saw it
+                if error.errno != errno.ENODEV:
+                    log.error("device_failed", error=str(error))
+                self._unmounted()
+                return
+            self._start(wire.parse(self._buffer, length))
+
+    def _start(self, request: Request) -> None:
+        handler = self._view.handlers.get(request.opcode)
+        if handler is None:
+            self._special(request)
+        elif request.unique & wire.RESENT:
+            self._send(wire.refusal(request.unique, errno.EIO))
+        else:
+            unique = request.unique
+
+            def finish(payload: bytes | None, error: int) -> None:
+                self._waiting.pop(unique, None)
+                self._view.inodes.flush()
+                self._send(wire.refusal(unique, error) if payload is None else wire.reply(unique, payload))
+
+            task = Task(handler.__name__, handler(request), finish)
+            task.run()
+            if task.waiting is not None:
+                self._waiting[unique] = task
+
+    def _special(self, request: Request) -> None:
+        """What is no operation on a node."""
+        match request.opcode:
+            case Opcode.FORGET:
+                self._view.forget(request.node, wire.number_64(request.body))
+            case Opcode.BATCH_FORGET:
+                for node, lookups in wire.forgets(request.body):
+                    self._view.forget(node, lookups)
+            case Opcode.INTERRUPT:
+                self._interrupt(wire.number_64(request.body))
+            case Opcode.INIT:
+                self._send(wire.reply(request.unique, wire.init(request.body)))
+            case Opcode.DESTROY:
+                self._send(wire.reply(request.unique, b""))
+            case _:
+                self._send(wire.refusal(request.unique, errno.ENOSYS))
+
+    def _interrupt(self, unique: int) -> None:
+        """A caller got a signal. What may take effect is waited for all the same, until its envoy's time limit."""
+        task = self._waiting.get(unique)
+        if task is not None and task.waiting is not None and task.name != "write":
+            task.waiting.settle(errno.EINTR)
+
+    def _send(self, answer: bytes) -> None:
+        try:
+            os.write(self._device, answer)
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # who asked is gone
+                log.warning("answer_not_taken", error=str(error))
