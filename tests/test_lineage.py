@@ -60,6 +60,17 @@ def test_in_a_cloned_namespace_another_procfs_at_an_originals_place_is_a_copy() 
     assert classify(clone.chain(base), baseline, 200) is MountClass.COPIED_BASE
 
 
+def test_in_a_cloned_namespace_the_same_procfs_bound_over_an_original_is_a_copy() -> None:
+    space, baseline = container()
+    clone = space.cloned(200)
+    original = clone.at(b"/proc")
+    copy = clone.composite(b"/proc", original)
+    cover = clone.at(b"/proc/sys")
+    assert classify(clone.chain(copy), baseline, 200) is MountClass.COPIED_BASE
+    assert classify(clone.chain(cover), baseline, 200) is MountClass.COPIED_SUBMOUNT
+    assert classify(clone.chain(original), baseline, 200) is MountClass.ORIGINAL_BASE
+
+
 def test_a_shield_is_known_by_its_device() -> None:
     space, baseline = container()
     space.composite(b"/mnt", space.at(b"/"), shields=frozenset({b"sys"}))

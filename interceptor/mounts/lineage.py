@@ -138,7 +138,7 @@ def _same_position(chain: Sequence[Mount], baseline: Baseline, namespace: int) -
         return False
     mount = chain[0]
     original = next((b for b in baseline.bases() if b.point == mount.point and b.dev == mount.dev), None)
-    if original is None:
+    if original is None or _stacked(chain) > sum(m.point == mount.point for m in baseline.mounts.values()):
         return False
     by_point = {m.point: m for m in baseline.mounts.values()}
     return all(
@@ -146,6 +146,11 @@ def _same_position(chain: Sequence[Mount], baseline: Baseline, namespace: int) -
         for m in chain[1:]
         if m.point  # the kernel's own rootfs, below the root of every namespace, has none
     )
+
+
+def _stacked(chain: Sequence[Mount]) -> int:
+    """How many mounts stand at the place of ``chain[0]``, itself and what it covers: an original covers no copy."""
+    return sum(m.point == chain[0].point for m in chain)
 
 
 def receivers(group: int, masters: Mapping[int, int]) -> set[int]:

@@ -82,7 +82,7 @@ class Box:
         """In a new process inside."""
         return self.child.call(function, *args, **kwargs)
 
-    def attack(self, context: str, attack: Callable[[Where], T]) -> T:
+    def attack(self, context: str, attack: Callable[[Where], T], seconds: float = 60.0) -> T:
         """``attack`` from a context, by a process of its own; then its mount namespace is looked through."""
 
         def stage() -> T:
@@ -98,7 +98,7 @@ class Box:
             assert inside.raw_nodes() == []
             return result
 
-        return self.child.call(stage)
+        return self.child.run(stage, timeout=seconds).value  # type: ignore[return-value]
 
     def recorded(self) -> list[dict[str, Any]]:
         """The baseline, and what of it is there."""
