@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from interceptor.containers.registry import Container
 from interceptor.errors import InterceptorError, SyscallError
 from interceptor.guards.link import MAX_IDS, Act, Answer, Ask, Op
-from interceptor.kernel import mount, process, stat
+from interceptor.kernel import mount, namespaces, process, stat
+from interceptor.kernel.fd import OwnedFd
 from interceptor.kernel.flags import MOUNT_ATTR__ATIME, PROC_SUPER_MAGIC, SYSFS_MAGIC, MountAttr
 from interceptor.kernel.stat import MountStat
 from interceptor.mounts.arguments import SIMPLE_ATTRIBUTES, NewMount
@@ -162,7 +163,11 @@ class Answerer:
             return Answer(Act.CONTINUE), "not in the caller's mount namespace"
         kind = classify(chain, container.baseline, scene.namespace)
         request = _REQUESTS[ask.op]
-        verdict = decide(request, kind, self._circumstances(container, scene, chain, kind, request))
+        if kind is MountClass.ORIGINAL_BASE:
+            circumstances = Circumstances(locked=_is_nested(container, namespace_fd))
+        else:
+            circumstances = self._circumstances(container, scene, chain, kind, request)
+        verdict = decide(request, kind, circumstances)
         return self._carry_out(container, scene, chain, verdict), f"{kind.value}: {verdict.reason}"
 
     def _circumstances(
@@ -220,6 +225,12 @@ class Answerer:
         ids = [m.mnt_id for m in _welded_on(container, scene, base) if m.mnt_id != chain[0].mnt_id]
         there = stat.statx(tree).mnt_id
         return Answer(Act.SWAP, base_id=base.mnt_id, there_id=there, ids=ids[:MAX_IDS], tree=tree)
+
+
+def _is_nested(container: Container, namespace: OwnedFd) -> bool:
+    """Whether a mount namespace belongs to another user namespace than the container's."""
+    with namespaces.owner(namespace) as owner:
+        return not os.path.samestat(os.fstat(owner.fileno()), os.fstat(container.userns.fileno()))
 
 
 def _welded_on(container: Container, scene: _Scene, base: MountStat) -> list[MountStat]:

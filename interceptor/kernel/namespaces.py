@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from interceptor._native import lib
 from interceptor.kernel.call import c_fd, checked
 from interceptor.kernel.fd import FdLike, OwnedFd
 from interceptor.kernel.flags import CLONE_FS, CLONE_NEWNS
+
+_NS_GET_USERNS = 0xB701
 
 
 def setns(fd: FdLike, kind: int) -> None:
@@ -25,6 +28,11 @@ def unshare(flags: int) -> None:
 def open_namespace(pid: int, name: str) -> OwnedFd:
     """``/proc/PID/ns/NAME``. Raises `OSError`."""
     return OwnedFd(os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC))
+
+
+def owner(namespace: FdLike) -> OwnedFd:
+    """The user namespace that owns a namespace (ioctl_ns(2)). Raises `OSError`: EPERM outside of one's own."""
+    return OwnedFd(fcntl.ioctl(c_fd(namespace), _NS_GET_USERNS))
 
 
 def become_visitor() -> None:
