@@ -87,7 +87,7 @@ def test_of_mixed_calls_under_a_storm_of_signals_each_tells_the_truth(
         truth = child.run(_under_signals, restart, MIXED, _mixed_round, timeout=900).value
         assert isinstance(truth, Truth)
         stats = daemon.request("stats", id=child.cid)
-        outcomes = {name: stats["latency"][name]["count"] for name in ("continued", "denied", "handled")}
+        outcomes = {name: stats["latency_us"][name]["count"] for name in ("continued", "denied", "handled")}
         print(f"{truth.calls} calls, {truth.interrupted} EINTR, {stats['lost']} replies too late, {outcomes}")
         assert truth.wrong == []
         assert truth.calls >= MIXED
