@@ -60,7 +60,9 @@ def test_the_guard_s_own_numbers_are_those_of_the_filter(machine: str, compiler:
 def test_the_guard_s_numbers_for_32_bit_programs_are_those_of_the_filter(machine: str) -> None:
     _, compat = ARCHITECTURES[machine]
     ours = compat_numbers(machine)
-    assert {name: number(compat, name) for name in ours} == {n: v if v >= 0 else None for n, v in ours.items()}
+    assert {name: number(compat, name) for name in ours} == {
+        n: v if v >= 0 else None for n, v in ours.items()
+    }
     for name in set(TRAPPED) - set(ours):
         # From 403 on they are the same everywhere, and handle.c has them by the machine's own names.
         assert number(compat, name) == number(ARCHITECTURES[machine][0], name), name

@@ -8,6 +8,7 @@ where it stands.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat as stat_module
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from interceptor.errors import ContainerError, SyscallError
 from interceptor.kernel import mount, process, stat
 from interceptor.kernel.fd import OwnedFd
-from interceptor.kernel.flags import MountAttr, MountFlag, MoveMountFlag, ResolveFlag, UmountFlag
+from interceptor.kernel.flags import MountAttr, MoveMountFlag, ResolveFlag, UmountFlag
 from interceptor.kernel.namespaces import visiting
 from interceptor.kernel.stat import MountStat
 from interceptor.mounts.composite import Composer, Material
@@ -275,9 +276,9 @@ class Builder:
             return piece.tree
         welded = self._composer.weld(piece.tree)
         if found.peer_group or found.master:
-            # The weld made it a slave at most; what it shared mounts with before, it goes on sharing with (5.15+).
-            mount.mount_setattr(welded, propagation=MountFlag.MS_PRIVATE)
-            mount.move_mount(piece.original, b"", welded, b"", _SAME_GROUP)
+            # What it shared mounts with before, it goes on sharing with; before Linux 5.15 with nobody.
+            with contextlib.suppress(SyscallError):
+                mount.move_mount(piece.original, b"", welded, b"", _SAME_GROUP)
         return welded
 
     def _is_planned(self, piece: _Piece) -> bool:
