@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from interceptor.containers.registry import Container
 from interceptor.errors import InterceptorError, SyscallError
 from interceptor.guards.link import MAX_IDS, Act, Answer, Ask, Op
-from interceptor.kernel import mount, process, stat
+from interceptor.kernel import mount, namespaces, process, stat
+from interceptor.kernel.fd import OwnedFd
 from interceptor.kernel.flags import MOUNT_ATTR__ATIME, MountAttr
-from interceptor.kernel.namespaces import belongs_to
 from interceptor.kernel.stat import MountStat
 from interceptor.mounts.arguments import SIMPLE_ATTRIBUTES, NewMount
 from interceptor.mounts.composite import Composer
@@ -172,7 +172,11 @@ class Answerer:
             return Answer(Act.CONTINUE), "not in the caller's mount namespace"
         kind = classify(chain, container.baseline, scene.namespace)
         request = _REQUESTS[ask.op]
-        verdict = decide(request, kind, self._circumstances(container, scene, chain, kind, request))
+        if kind is MountClass.ORIGINAL_BASE:
+            circumstances = Circumstances(locked=_is_nested(container, namespace_fd))
+        else:
+            circumstances = self._circumstances(container, scene, chain, kind, request)
+        verdict = decide(request, kind, circumstances)
         return self._carry_out(container, scene, chain, verdict), f"{kind.value}: {verdict.reason}"
 
     def _circumstances(
@@ -234,7 +238,13 @@ class Answerer:
 
 def _asks_for_its_own(container: Container, ask: Ask) -> bool:
     """Whether the namespaces of a question are the container's own: a guard taken over could send the host's."""
-    return all(belongs_to(fd, container.userns) for fd in ask.fds[: _NAMESPACES.get(ask.op, 1)])
+    return all(namespaces.belongs_to(fd, container.userns) for fd in ask.fds[: _NAMESPACES.get(ask.op, 1)])
+
+
+def _is_nested(container: Container, namespace: OwnedFd) -> bool:
+    """Whether a mount namespace belongs to another user namespace than the container's."""
+    with namespaces.owner(namespace) as owner:
+        return not os.path.samestat(os.fstat(owner.fileno()), os.fstat(container.userns.fileno()))
 
 
 def _welded_on(container: Container, scene: _Scene, base: MountStat) -> list[MountStat]:

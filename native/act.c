@@ -333,9 +333,21 @@ static struct ix_reply act_attach(struct ix_call *call, const struct ix_answer *
 	return ix_acted(call, ix_move_mount(composite, "", call->target, "", EFFECT_FLAGS));
 }
 
+/* Whether the kernel allows the flags on the base itself, tried by setting them: it is about to do the same. */
+static bool base_takes_flags(const struct ix_call *call)
+{
+	unsigned long flags = call->args[3];
+	if ((flags & MS_MGC_MSK) == MS_MGC_VAL)
+		flags &= ~MS_MGC_MSK;
+	bool taken = fchdir(call->target) == 0 && ix_mount(NULL, ".", NULL, flags | MS_BIND, NULL) == 0;
+	return chdir("/") == 0 && taken;
+}
+
 static struct ix_reply act_flags(struct ix_call *call, const struct ix_answer *answer)
 {
 	bool read_only = call->args[3] & MS_RDONLY;
+	if (!base_takes_flags(call))
+		return ix_let_kernel_run("flags that the kernel refuses");
 	for (uint32_t i = 0; i < answer->count && i < IX_MAX_IDS; i++) {
 		struct mount_info info;
 		cleanup_close int fd = open_mount(answer->ids[i], &info);

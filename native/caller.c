@@ -64,6 +64,18 @@ bool ix_caller_rules(const struct ix_call *call, int ns_fd)
 	return false;
 }
 
+/* Whether the caller is in another user namespace than the container's, which is the guard's own. */
+bool ix_caller_is_nested(const struct ix_call *call)
+{
+	struct stat theirs, own;
+	char name[32];
+	ix_caller_path(name, call->tid, "ns/user");
+	if (fstatat(ix_guard_state.proc, name, &theirs, 0) < 0)
+		return false;
+	ix_caller_path(name, getpid(), "ns/user");
+	return fstatat(ix_guard_state.proc, name, &own, 0) < 0 || own.st_dev != theirs.st_dev || own.st_ino != theirs.st_ino;
+}
+
 /* The systemd unit in a cgroup file's last line: the last component that has a unit's ending. */
 static void unit_of(const char *cgroups, char name[sizeof(((struct ix_unit *)0)->name)])
 {

@@ -151,6 +151,7 @@ bool ix_act_recover(struct ix_call *call, int *result);
 int ix_read_string(int tid, uint64_t address, char *out, size_t size);
 bool ix_caller_has_cap(int tid, int capability);
 bool ix_caller_rules(const struct ix_call *call, int ns_fd);
+bool ix_caller_is_nested(const struct ix_call *call);
 void ix_account(const struct ix_call *call);
 /* resolve.c */
 int ix_top_of(int directory);

@@ -192,6 +192,15 @@ static int step_to_top(struct ix_call *call)
 	return ix_statx(call->target, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &call->target_stat);
 }
 
+/* can_umount() asks for the right over the superblock's owner: the host's root for sysfs, for procfs the container's. */
+static bool not_theirs_to_force(struct ix_call *call)
+{
+	uint64_t magic;
+	if (ix_mount_magic(call, call->target_stat.mnt_id, &magic) < 0)
+		return false;
+	return magic == IX_SYSFS_MAGIC || (magic == IX_PROC_SUPER_MAGIC && ix_caller_is_nested(call));
+}
+
 static struct ix_reply handle_umount(struct ix_call *call, uint64_t flags)
 {
 	if (flags & ~(uint64_t)(MNT_FORCE | MNT_DETACH | MNT_EXPIRE | UMOUNT_NOFOLLOW))
@@ -211,9 +220,8 @@ static struct ix_reply handle_umount(struct ix_call *call, uint64_t flags)
 		return ix_let_kernel_run("a path that does not resolve");
 	if (!call->target_stat.mount_root)
 		return ix_let_kernel_run("no mount: EINVAL is the kernel's");
-	uint64_t magic;
-	if (flags & MNT_FORCE && ix_mount_magic(call, call->target_stat.mnt_id, &magic) == 0 && magic == IX_SYSFS_MAGIC)
-		return ix_let_kernel_run("a filesystem of the host's: EPERM is the kernel's");
+	if (flags & MNT_FORCE && not_theirs_to_force(call))
+		return ix_let_kernel_run("another's filesystem: EPERM is the kernel's");
 	return ix_decide(call, op, call->target, &call->target_stat, flags);
 }
 

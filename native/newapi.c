@@ -168,7 +168,7 @@ static struct ix_reply ask_for_tree(struct ix_call *call, struct ix_ask *ask, co
 struct ix_reply ix_handle_fsopen(struct ix_call *call)
 {
 	char fstype[16];
-	if (call->args[1] & ~(uint64_t)FSOPEN_CLOEXEC)
+	if ((unsigned int)call->args[1] & ~(unsigned int)FSOPEN_CLOEXEC)
 		return ix_let_kernel_run("flags that the kernel refuses");
 	if (ix_read_string(call->tid, call->args[0], fstype, sizeof(fstype)) < 0)
 		return ix_let_kernel_run("no filesystem type of ours");
@@ -178,7 +178,9 @@ struct ix_reply ix_handle_fsopen(struct ix_call *call)
 		return ix_let_kernel_run("no filesystem type of ours");
 	cleanup_close int pidns = ix_open_caller(ix_guard_state.proc, call->tid, "ns/pid", O_RDONLY);
 	cleanup_close int netns = ix_open_caller(ix_guard_state.proc, call->tid, "ns/net", O_RDONLY);
-	if (pidns < 0 || netns < 0 || !ix_open_mount_namespace(call) || !ix_caller_rules(call, call->mntns))
+	if (pidns < 0 || netns < 0 || !ix_open_mount_namespace(call) || !ix_caller_rules(call, call->mntns) ||
+	    /* sysfs_init_fs_context() asks at once; procfs when the superblock is made. */
+	    (ask.kind == 2 && !ix_caller_rules(call, netns)))
 		return ix_let_kernel_run("the caller lacks the right: EPERM is the kernel's");
 	int fds[] = {pidns, netns};
 	if (!ix_question(call, &ask, fds, 2))

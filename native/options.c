@@ -36,16 +36,17 @@ static bool parse_number(const char *text, size_t length, uint32_t *number)
 	if (length > i + 1 && text[length - 1] == '\n')
 		length--;
 	if (i < length && text[i] == '0') {
-		bool hexadecimal = i + 2 < length && (text[i + 1] == 'x' || text[i + 1] == 'X') && isxdigit(text[i + 2]);
+		bool hexadecimal = i + 2 < length && (text[i + 1] | 0x20) == 'x' && isxdigit((unsigned char)text[i + 2]);
 		base = hexadecimal ? 16 : 8;
 		i += hexadecimal ? 2 : 0;
 	}
 	if (i >= length)
 		return false;
 	for (; i < length; i++) {
-		if (!isxdigit(text[i]))
+		unsigned char c = (unsigned char)text[i];
+		if (!isxdigit(c))
 			return false;
-		uint64_t digit = (uint64_t)(isdigit(text[i]) ? text[i] - '0' : (text[i] | 0x20) - 'a' + 10);
+		uint64_t digit = (uint64_t)(isdigit(c) ? c - '0' : (c | 0x20) - 'a' + 10);
 		value = value * base + digit;
 		if (digit >= base || value > UINT32_MAX)
 			return false;

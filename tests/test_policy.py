@@ -96,3 +96,9 @@ def test_a_lasting_verdict_does_not_depend_on_what_can_change(
     verdict = decide(request, kind, one)
     if verdict.lasting and one.protect_immutable == other.protect_immutable and not other.reaches_original:
         assert decide(request, kind, other) == verdict
+
+
+@pytest.mark.parametrize("request_", [Request.UMOUNT, Request.DETACH])
+def test_an_original_that_the_kernel_has_locked_is_left_to_it(request_: Request) -> None:
+    verdict = decide(request_, C.ORIGINAL_BASE, Circumstances(locked=True))
+    assert verdict.deed is Deed.KERNEL and verdict.lasting

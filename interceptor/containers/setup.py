@@ -8,6 +8,7 @@ where it stands.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat as stat_module
 from collections.abc import Iterator
@@ -275,9 +276,9 @@ class Builder:
             return piece.tree
         welded = self._composer.weld(piece.tree)
         if found.peer_group or found.master:
-            # The weld made it a slave at most; what it shared mounts with before, it goes on sharing with (5.15+).
-            mount.mount_setattr(welded, propagation=MountFlag.MS_PRIVATE)
-            mount.move_mount(piece.original, b"", welded, b"", _SAME_GROUP)
+            # What it shared mounts with before, it goes on sharing with; before Linux 5.15 with nobody.
+            with contextlib.suppress(SyscallError):
+                mount.move_mount(piece.original, b"", welded, b"", _SAME_GROUP)
         return welded
 
     def _is_planned(self, piece: _Piece) -> bool:

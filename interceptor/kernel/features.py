@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import struct
 from collections.abc import Callable
@@ -13,12 +14,15 @@ from interceptor._native import lib
 from interceptor.errors import SyscallError
 from interceptor.kernel import mount, stat
 from interceptor.kernel.fd import OwnedFd
-from interceptor.kernel.flags import CLONE_NEWNS, CLONE_NEWUSER
+from interceptor.kernel.flags import CLONE_NEWNS, CLONE_NEWUSER, MountAttr, MountFlag, MoveMountFlag
 from interceptor.kernel.namespaces import open_namespace, unshare
 
 _WAIT_KILLABLE_RECV = 1 << 5
 _RET_ALLOW = struct.pack("=HBBI", 0x06, 0, 0, 0x7FFF0000)
 _NOTIF_SET_FLAGS = 0x40082104
+_NOTIF_ADDFD = 0x40182103
+_ADDFD_FLAG_SEND = 2
+_F_DUPFD_QUERY = 1024 + 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,46 @@ def _sync_wake_up() -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.ioctl(listener.fileno(), ctypes.c_ulong(_NOTIF_SET_FLAGS), ctypes.c_ulong(1)) < 0:
             raise OSError(ctypes.get_errno(), "SECCOMP_IOCTL_NOTIF_SET_FLAGS")
+
+
+def _addfd_send() -> None:
+    """No call has the ID 0, but the flags are looked at before that."""
+    with _listener(0) as listener:
+        request = struct.pack("=QIIII", 0, _ADDFD_FLAG_SEND, 0, 0, 0)
+        try:
+            fcntl.ioctl(listener.fileno(), _NOTIF_ADDFD, request)
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise
+
+
+def _thread_pidfd() -> None:
+    os.close(os.pidfd_open(os.getpid(), os.O_EXCL))
+
+
+def _same_file() -> None:
+    fcntl.fcntl(1, _F_DUPFD_QUERY, 1)
+
+
+def _pidns() -> None:
+    _workshop()
+    with open_namespace(os.getpid(), "pid") as namespace, mount.fsopen(b"proc") as context:
+        mount.fsconfig(context, 5, b"pidns", None, namespace.fileno())
+
+
+def _group() -> None:
+    _workshop()
+    for place in (b"/proc", b"/sys"):
+        mount.mount(b"x", place, b"tmpfs")
+    mount.mount(None, b"/proc", None, MountFlag.MS_SHARED)
+    mount.mount(b"/proc", b"/sys", None, MountFlag.MS_BIND)
+    mount.mount(None, b"/sys", None, MountFlag.MS_PRIVATE)
+    mount.move_mount(mount.AT_FDCWD, b"/proc", mount.AT_FDCWD, b"/sys", MoveMountFlag.MOVE_MOUNT_SET_GROUP)
+
+
+def _setattr() -> None:
+    lower, _upper = _detached()
+    mount.mount_setattr(lower, set_=MountAttr.MOUNT_ATTR_RDONLY)
 
 
 def _workshop() -> None:
@@ -119,7 +163,43 @@ _PROBES: tuple[tuple[str, str, bool, str, Callable[[], None]], ...] = (
         "facts about a container's mounts",
         _statmount_elsewhere,
     ),
-    ("move_mount beneath", "6.5", False, "a base is replaced without a gap", _beneath),
+    ("mount_setattr", "5.12", True, "flags and propagation of trees that nobody sees yet", _setattr),
+    (
+        "SECCOMP_ADDFD_FLAG_SEND",
+        "5.14",
+        True,
+        "a descriptor is handed over and the call answered in one step",
+        _addfd_send,
+    ),
+    (
+        "MOVE_MOUNT_SET_GROUP",
+        "5.15",
+        False,
+        "a welded mount shares what it shared before; else it is private",
+        _group,
+    ),
+    (
+        "MOVE_MOUNT_BENEATH",
+        "6.5",
+        False,
+        "a base is replaced without a gap; else one after the other, and not with the container's own mounts on it",
+        _beneath,
+    ),
+    (
+        "PIDFD_THREAD",
+        "6.9",
+        False,
+        "descriptors of threads with tables of their own; else the table of the thread's process",
+        _thread_pidfd,
+    ),
+    ("F_DUPFD_QUERY", "6.10", False, "a context is known again; else by kcmp", _same_file),
+    (
+        "fsconfig pidns",
+        "6.17",
+        False,
+        "a new procfs is told its PID namespace; else a child there makes it",
+        _pidns,
+    ),
 )
 
 

@@ -13,6 +13,8 @@ from interceptor.kernel.call import c_fd, checked
 from interceptor.kernel.fd import FdLike, OwnedFd
 from interceptor.kernel.flags import CLONE_FS, CLONE_NEWNS
 
+_NS_GET_USERNS = 0xB701
+
 
 def setns(fd: FdLike, kind: int) -> None:
     """setns(2) of the calling thread."""
@@ -52,6 +54,11 @@ def belongs_to(fd: FdLike, user_namespace: FdLike) -> bool:
     except OSError:
         pass  # EPERM: above the initial one there is none
     return False
+
+
+def owner(namespace: FdLike) -> OwnedFd:
+    """The user namespace that owns a namespace (ioctl_ns(2)). Raises `OSError`: EPERM outside of one's own."""
+    return OwnedFd(fcntl.ioctl(c_fd(namespace), _NS_GET_USERNS))
 
 
 def become_visitor() -> None:

@@ -48,6 +48,8 @@ class Circumstances:
     """The container has mounts of its own on it."""
     protect_immutable: bool = False
     """Configuration: protect_immutable_unmounts."""
+    locked: bool = False
+    """It came into a mount namespace of a nested user namespace, so the kernel has locked it already."""
 
 
 _ORIGINALS = (MountClass.ORIGINAL_BASE, MountClass.ORIGINAL_SUBMOUNT)
@@ -62,7 +64,7 @@ def decide(request: Request, kind: MountClass, circumstances: Circumstances) -> 
     if request is Request.MOVE:
         return _move(kind)
     if kind is MountClass.ORIGINAL_BASE:
-        return _original_base(request)
+        return _original_base(request, circumstances)
     if kind is MountClass.COPIED_BASE:
         return _copied_base(request, circumstances)
     if kind is MountClass.COPIED_SUBMOUNT:
@@ -91,7 +93,9 @@ def _move(kind: MountClass) -> Verdict:
     return Verdict(Deed.KERNEL, "welded submounts do not move, bases move whole", lasting=True)
 
 
-def _original_base(request: Request) -> Verdict:
+def _original_base(request: Request, circumstances: Circumstances) -> Verdict:
+    if circumstances.locked:
+        return Verdict(Deed.KERNEL, "locked: EINVAL is the kernel's", lasting=True)
     if request is Request.DETACH:
         return Verdict(Deed.REFUSE, "original bases stay", errno.EBUSY, lasting=True)
     return Verdict(Deed.KERNEL, "its welded submounts keep it busy: EBUSY is the kernel's", lasting=True)

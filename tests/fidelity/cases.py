@@ -255,7 +255,7 @@ def attributes(
 
 def setattrs() -> Iterator[Script]:
     """mount_setattr(2) and open_tree_attr(2)."""
-    some = (
+    some: tuple[tuple[Argument, int], ...] = (
         (attributes(1), 32),
         (attributes(clear=1), 32),
         (attributes(15), 32),
@@ -324,7 +324,7 @@ def contexts() -> Iterator[Script]:
 
 def pivots() -> Iterator[Script]:
     """pivot_root(2)."""
-    paths = (
+    paths: tuple[Argument, ...] = (
         in_f("mnt"),
         in_f("mnt/in"),
         in_f("stack"),
@@ -335,8 +335,9 @@ def pivots() -> Iterator[Script]:
         in_f("file"),
         UNMAPPED,
     )
-    for new, old in itertools.product(paths, paths):
-        yield one("pivot_root", new, old)
+    for new in paths:
+        for old in paths:
+            yield one("pivot_root", new, old)
 
 
 def walks() -> Iterator[Script]:
@@ -387,9 +388,10 @@ AWKWARD: tuple[tuple[bytes, Argument], ...] = (
     (b"overlay", b"nonsense"),
     (b"overlay", None),
     (b"overlay", Data((b"lowerdir=" + _LOWER).ljust(4096, b"/"))),
-    *((b"tmpfs", f"size={n}".encode()) for n in ("4k", "50%", "0", "-1", "1e3", "18446744073709551616", "", "8g,", "k")),
-    *((b"tmpfs", t) for t in (b"mode=1777,uid=5,gid=5", b"uid=70000", b"mode=9", b"nr_inodes=3,nr_blocks=9,,,", b"huge=always")),
-    *((b"tmpfs", t) for t in (b"mpol=bind:0", b"mpol=prefer=static:0", b"size=4k,nonsense", b"noswap", b"inode32", b"ro")),
+    *((b"tmpfs", f"size={n}".encode()) for n in ("4k", "50%", "0", "-1", "1e3", "1844674407370955161", "", "8g,", "k")),
+    *((b"tmpfs", t) for t in (b"mode=1777,uid=5,gid=5", b"uid=70000", b"mode=9", b"nr_inodes=3,nr_blocks=9,,,")),
+    *((b"tmpfs", t) for t in (b"mpol=bind:0", b"mpol=prefer=static:0", b"size=4k,nonsense", b"noswap", b"ro")),
+    *((b"tmpfs", t) for t in (b"huge=always", b"inode32")),
     (b"ramfs", b"mode=700,nonsense=1"),
     (b"devpts", b"newinstance,ptmxmode=0666,mode=0620,gid=5"),
     (b"devpts", b"gid=70000"),
@@ -402,8 +404,9 @@ AWKWARD: tuple[tuple[bytes, Argument], ...] = (
     (b"binfmt_misc", None),
     (b"autofs", b"fd=111,pgrp=1,minproto=5,maxproto=5,direct"),
     (b"autofs", None),
-    *((t, None) for t in (b"bpf", b"devtmpfs", b"debugfs", b"tracefs", b"securityfs", b"hugetlbfs", b"squashfs", b"ext4")),
-    *((t, None) for t in (b"nfs", b"fusectl", b"pstore", b"pipefs", b"sockfs", b"rootfs", b"cpuset", b"fuse.x", b"nosuch")),
+    *((t, None) for t in (b"bpf", b"devtmpfs", b"debugfs", b"tracefs", b"securityfs", b"hugetlbfs", b"squashfs")),
+    *((t, None) for t in (b"nfs", b"fusectl", b"pstore", b"pipefs", b"sockfs", b"rootfs", b"cpuset", b"fuse.x")),
+    *((t, None) for t in (b"ext4", b"nosuch")),
 )  # fmt: skip
 
 

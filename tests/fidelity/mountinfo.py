@@ -99,12 +99,15 @@ def normal(mounts: list[Mount]) -> tuple[str, ...]:
     ordered = sorted(mounts, key=chain)
     devices = _numbered()
     groups = _numbered()
-    return tuple(
-        f"{place(m)} on {parent(m)} dev {devices(m.dev)} root {m.root} {m.options} "
-        f"{_NUMBER.sub(lambda found: f'{found[1]}:{groups(found[2])}', m.optional)} "
-        f"- {m.fstype} {m.source} {m.super_options}"
-        for m in ordered
-    )
+
+    def line(m: Mount) -> str:
+        optional = _NUMBER.sub(lambda found: f" {found[1]}:{groups(found[2])}", m.optional.replace(" ", ""))
+        return (
+            f"{place(m)} on {parent(m)} dev {devices(m.dev)} root {m.root} {m.options}{optional} "
+            f"- {m.fstype} {m.source} {m.super_options}"
+        )
+
+    return tuple(line(m) for m in ordered)
 
 
 def _numbered() -> Callable[[str], int]:

@@ -23,9 +23,9 @@ from tests.fidelity.stage import (
 PATHS: tuple[bytes, ...] = (
     *(b"/proc", b"/proc/", b"/sys", b"/proc/sys", b"/proc/uptime", b"/proc/swaps", b"/proc/self", b"/proc/mounts"),
     *(b"/proc/sys/kernel", b"/proc/self/..", b"/proc/self/fd/%d" % PROC, b"/sys/kernel", b"/sys/kernel/mm"),
-    *(b"/sys/devices", b"/sys/devices/virtual", b"/sys/class", b"/sys/module/nf_conntrack/parameters", b"/proc/nowhere"),
+    *(b"/sys/devices", b"/sys/devices/virtual", b"/sys/class", b"/sys/module/nf_conntrack/parameters"),
     *map(in_f, ("proc", "proc/sys", "proc/uptime", "sys", "sys/kernel", "sys/devices", "sys/devices/virtual")),
-    *map(in_f, ("proclink", "proc/self", "sys/devices/..", "sys/class")),
+    *map(in_f, ("proclink", "proc/self", "sys/devices/..", "sys/class", "proc/nowhere")),
     *(b"/", b"/usr", b"/dev", b"/dev/null", b"/run", b"/etc/alternatives", b"/dev/mqueue"),
 )  # fmt: skip
 
@@ -55,9 +55,10 @@ def mount_flags() -> Iterator[Script]:
 OPTIONS: tuple[Argument, ...] = (
     *(None, b"", b"hidepid=0", b"hidepid=1", b"hidepid=invisible", b"hidepid=ptraceable", b"hidepid=3", b"hidepid="),
     *(b"gid=5", b"gid=70000", b"gid=-1", b"gid=x", b"gid=4294967295", b"subset=pid", b"subset=pid,hidepid=2,gid=0"),
-    *(b"subset=", b"subset=pid:pid", b"subset=all", b"nonsense", b"ro", b"rw", b",,hidepid=2,,", b"hidepid=2,nonsense=1"),
+    *(b"subset=", b"subset=pid:pid", b"subset=all", b"nonsense", b"ro", b"rw", b",,hidepid=2,,"),
     *(b"hidepid=1,hidepid=4", b"pidns=/proc/self/ns/pid", b"source=x", b"HIDEPID=2", b" hidepid=2", b"hidepid=0x2"),
-    *(b"hidepid=02", b"hidepid=+2", b"gid=05", b"gid=0x5", b"gid=,hidepid=1", b"hidepid", b"gid", b"subset", b"=1"),
+    *(b"hidepid=2,nonsense=1", b"hidepid=02", b"hidepid=+2"),
+    *(b"gid=05", b"gid=0x5", b"gid=,hidepid=1", b"hidepid", b"gid", b"subset", b"=1"),
     *(b"x" * 300, b"hidepid=2" + b"," * 4000, b"sync", b"mand", b"lazytime", b"dirsync", b"sync,dirsync", b"silent"),
 )  # fmt: skip
 

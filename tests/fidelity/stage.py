@@ -272,6 +272,9 @@ def _leaves_traces(script: tuple[Call, ...], answers: list[str]) -> bool:
 
 _TRACES = frozenset(
     {
+        "mount",
+        "umount2",
+        "umount",
         "fsconfig",
         "fsmount",
         "move_mount",

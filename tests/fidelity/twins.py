@@ -45,9 +45,9 @@ class Difference:
         if (self.ours[1] is None) != (self.theirs[1] is None):
             lines.append(f"  the mounts change {'alone' if self.ours[1] is None else 'here'} only")
         elif self.ours[1] != self.theirs[1]:
-            ours, theirs = set(self.ours[1] or ()), set(self.theirs[1] or ())
-            lines += [f"  here:  {line}" for line in sorted(ours - theirs)]
-            lines += [f"  alone: {line}" for line in sorted(theirs - ours)]
+            here, alone = set(self.ours[1] or ()), set(self.theirs[1] or ())
+            lines += [f"  here:  {line}" for line in sorted(here - alone)]
+            lines += [f"  alone: {line}" for line in sorted(alone - here)]
         return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 from collections.abc import Callable
 from typing import TypeVar
@@ -54,7 +55,25 @@ def _by_descriptors(truth: Truth) -> None:
     truth.calls += 3
 
 
-def _under_signals(restart: bool, calls: int, by_descriptors: bool) -> Truth:
+#: Calls of each kind of mixed run; 20,000 for all of them, or for each in the long run.
+MIXED = 20000 if os.environ.get("INTERCEPTOR_LONG") == "1" else 5000
+
+
+def _round(truth: Truth) -> None:
+    truth.new()
+    truth.bind()
+
+
+def _mixed_round(truth: Truth) -> None:
+    """What a container does all day: refused, let through, and handled calls of every kind."""
+    truth.round()
+    truth.new(b"sysfs")
+    for _ in range(10):
+        truth.denied()
+        truth.free()
+
+
+def _under_signals(restart: bool, calls: int, a_round: Callable[[Truth], None] = _round) -> Truth:
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.siginterrupt(signal.SIGALRM, not restart)
     truth = Truth()
@@ -63,11 +82,7 @@ def _under_signals(restart: bool, calls: int, by_descriptors: bool) -> Truth:
     signal.setitimer(signal.ITIMER_REAL, INTERVAL, INTERVAL)
     try:
         while truth.calls < calls and len(truth.wrong) < 20:
-            if by_descriptors:
-                _by_descriptors(truth)
-            else:
-                truth.new()
-                truth.bind()
+            a_round(truth)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     if support.table() != before:
@@ -85,7 +100,8 @@ def test_a_call_under_a_storm_of_signals_counts_once(
 ) -> None:
     with daemon.spawn(wait_killable=False) as child:
         calls = CALLS // 2 if by_descriptors else CALLS
-        truth = child.run(_under_signals, restart, calls, by_descriptors, timeout=120).value
+        a_round = _by_descriptors if by_descriptors else _round
+        truth = child.run(_under_signals, restart, calls, a_round, timeout=120).value
         assert isinstance(truth, Truth)
         stats = daemon.request("stats", id=child.cid)
         print(
@@ -96,6 +112,23 @@ def test_a_call_under_a_storm_of_signals_counts_once(
         # It was tried.
         assert stats["lost"] > 10
         assert by_descriptors or (truth.interrupted > 0) is not restart
+
+
+@pytest.mark.parametrize("killable", [True, False], ids=["WAIT_KILLABLE_RECV", "interruptible"])
+@pytest.mark.parametrize("restart", [True, False], ids=["SA_RESTART", "EINTR"])
+def test_of_mixed_calls_under_a_storm_of_signals_each_tells_the_truth(
+    daemon: Interceptor, restart: bool, killable: bool
+) -> None:
+    """As Go programs live, whose runtime preempts threads by a signal."""
+    with daemon.spawn(wait_killable=killable) as child:
+        truth = child.run(_under_signals, restart, MIXED, _mixed_round, timeout=900).value
+        assert isinstance(truth, Truth)
+        stats = daemon.request("stats", id=child.cid)
+        outcomes = {name: stats["latency_us"][name]["count"] for name in ("continued", "denied", "handled")}
+        print(f"{truth.calls} calls, {truth.interrupted} EINTR, {stats['lost']} replies too late, {outcomes}")
+        assert truth.wrong == []
+        assert truth.calls >= MIXED
+        assert outcomes["handled"] > MIXED // 20
 
 
 def _stacks(depth: int) -> tuple[list[int], int]:

@@ -1,0 +1,76 @@
+"""``python -m tests.without MECHANISM…``: the fallbacks, forced on a kernel that has what they stand in for. As root.
+
+A seccomp filter on this process, and so on the daemon, guards and containers that it starts, has the kernel refuse the
+mechanism with the errno of a kernel that does not know it. Then the calls of tests/fidelity that need the interceptor
+are compared with what the kernel alone answers: with the fallback they differ no more than without.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import pyseccomp
+
+from interceptor.kernel.features import probe
+from interceptor.library import Interceptor
+from tests.fidelity.tables import survey
+
+
+class Refused(NamedTuple):
+    """Calls whose argument, masked, has a value."""
+
+    syscall: str
+    argument: int
+    mask: int
+    value: int
+    error: int = errno.EINVAL
+
+
+_WORD = 0xFFFFFFFF
+
+#: By the names of interceptor/kernel/features.py: every mechanism that has a fallback.
+REFUSALS: Mapping[str, Refused] = {
+    "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV": Refused("seccomp", 1, 1 << 5, 1 << 5),
+    "SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP": Refused("ioctl", 1, _WORD, 0x40082104),
+    "MOVE_MOUNT_SET_GROUP": Refused("move_mount", 4, 0x100, 0x100),
+    "MOVE_MOUNT_BENEATH": Refused("move_mount", 4, 0x200, 0x200),
+    "PIDFD_THREAD": Refused("pidfd_open", 1, 0x80, 0x80),
+    "F_DUPFD_QUERY": Refused("fcntl", 1, _WORD, 1024 + 3),
+    "fsconfig pidns": Refused("fsconfig", 1, _WORD, 5),
+}
+
+#: Tables that make, copy, replace and remove composites.
+TABLES = ("umounts", "lives", "contexts", "fresh")
+
+
+def refuse(names: list[str]) -> None:
+    """Put this process, and all that it starts, under the filter for good."""
+    rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+    rules.set_attr(pyseccomp.Attr.CTL_NNP, 0)
+    for name in names:
+        syscall, argument, mask, value, error = REFUSALS[name]
+        arg = pyseccomp.Arg(argument, pyseccomp.MASKED_EQ, mask, value)
+        rules.add_rule(pyseccomp.ERRNO(error), syscall, arg)
+    rules.load()
+
+
+def main(names: list[str]) -> int:
+    """Exit status 0 if the mechanisms are gone and everything works without them."""
+    refuse(names)
+    still = [f.name for f in probe() if f.available == (f.name in names)]
+    if still:
+        print(f"not as they should be after the filter: {still}")
+        return 1
+    with Interceptor() as daemon:
+        found = survey(daemon, "root", TABLES)
+    for difference in found.defects[:10]:
+        print(difference)
+    print(f"{found.scripts} scripts, {len(found.defects)} defects")
+    return bool(found.defects)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
