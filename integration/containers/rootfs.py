@@ -53,7 +53,7 @@ def ensure(cache: Path, first_id: int) -> Path:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Another tree: a suite with packages, finished by ``extras(tree, scratch)``; ``name`` changes with what is in it."""
+    """Another tree: a suite with packages, finished by ``extras(tree, scratch)``; its name changes with it."""
 
     name: str
     suite: str
