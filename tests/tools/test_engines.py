@@ -97,7 +97,7 @@ def test_buildah(toolbox: Toolbox, isolation: str, network: str) -> None:
     script = (
         "mount -t tmpfs engines /var/lib/containers; export STORAGE_DRIVER=vfs; c=$(buildah from scratch)\n"
         "libraries='-v /usr:/usr:ro -v /usr/lib:/lib:ro'\n"
-        "test ! -d /usr/lib64 || libraries=\"$libraries -v /usr/lib64:/lib64:ro\"\n"
+        'test ! -d /usr/lib64 || libraries="$libraries -v /usr/lib64:/lib64:ro"\n'
         f"buildah run --isolation={isolation} --network={network} $libraries $c "
         "/usr/bin/stat -f -c %t /proc/sys /sys/kernel; buildah rm $c >/dev/null"
     )

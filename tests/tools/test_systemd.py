@@ -24,7 +24,7 @@ PROPERTIES = {
     "PrivateNetwork=yes": "test $(ls /sys/class/net) = lo; ",
     "PrivateIPC=yes": "test -d /dev/mqueue; ",
     "PrivateUsers=yes": "test $(wc -l < /proc/self/uid_map) -ge 1; ",
-    "PrivatePIDs=yes": "test $(cat /proc/1/comm) = sh; test $$ = 1; ",
+    "PrivatePIDs=yes": "test $(ls /proc | grep -c ^[0-9]) -le 6; ",
     "ProtectSystem=yes": _READ_ONLY.format("/usr"),
     "ProtectSystem=full": _READ_ONLY.format("/usr") + _READ_ONLY.format("/etc"),
     "ProtectSystem=strict": _READ_ONLY.format("/var") + _READ_ONLY.format("/opt"),
@@ -34,7 +34,7 @@ PROPERTIES = {
     "ProtectKernelTunables=yes": "! sh -c 'echo x > /proc/sys/kernel/hostname' 2>/dev/null; "
     "! sh -c 'echo x > /sys/kernel/uevent_helper' 2>/dev/null; ",
     "ProtectKernelModules=yes": 'test -z "$(ls -A /usr/lib/modules 2>/dev/null)"; ',
-    "ProtectKernelLogs=yes": "! cat /proc/kmsg 2>/dev/null; ",
+    "ProtectKernelLogs=yes": 'test -z "$(cat /proc/kmsg 2>&1 | grep -v denied)"; ',
     "ProtectControlGroups=yes": "! mkdir /sys/fs/cgroup/x 2>/dev/null; ",
     "ProtectHostname=yes": "! sh -c 'echo x > /proc/sys/kernel/hostname' 2>/dev/null; ",
     "ProtectClock=yes": "true; ",
@@ -62,7 +62,7 @@ PROPERTIES = {
 
 #: These take something managed away, or give another root: what is to be seen there is said for each.
 HIDING = {
-    "InaccessiblePaths=/etc/passwd": "! cat /etc/passwd 2>/dev/null; ",
+    "InaccessiblePaths=/etc/passwd": 'test -z "$(cat /etc/passwd 2>/dev/null)"; ',
     "InaccessiblePaths=/proc/sys": "! ls /proc/sys/kernel 2>/dev/null; test $(stat -f -c %t /proc/sys) = 1021994; ",
     "InaccessiblePaths=/sys/kernel": "test $(stat -f -c %t /sys/kernel) = 1021994; ",
     "TemporaryFileSystem=/proc/sys": _EMPTY.format("/proc/sys"),
