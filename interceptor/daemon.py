@@ -129,6 +129,17 @@ class Daemon:
             return self._life.stats(_text(request, "id"))
         if op == "mounts":
             return self._life.mounts(_text(request, "id"))
+        return self._about_mounts(op, request)
+
+    def _about_mounts(self, op: object, request: dict[str, object]) -> object:
+        """What ``interceptor mounts`` and ``interceptor explain`` ask."""
+        if op == "tree":
+            return self._life.tree(_text(request, "id"), _number(request, "namespace"))
+        if op == "whereabouts":
+            return self._life.whereabouts(_text(request, "id"))
+        if op == "lineage":
+            cid, mnt_id = _text(request, "id"), _number(request, "mount")
+            return self._life.explain(cid, mnt_id, _number(request, "namespace"))
         raise ProtocolError(f"unknown operation {op!r}")
 
 
@@ -143,4 +154,12 @@ def _text(request: dict[str, object], key: str) -> str:
     value = request.get(key)
     if not isinstance(value, str):
         raise ProtocolError(f"{key!r} is missing")
+    return value
+
+
+def _number(request: dict[str, object], key: str) -> int:
+    """An unsigned 64-bit number; 0 where it is missing."""
+    value = request.get(key, 0)
+    if not isinstance(value, int) or not 0 <= value < 1 << 64:
+        raise ProtocolError(f"{key!r} is no number of 64 bits")
     return value

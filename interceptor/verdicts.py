@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterable
 
 from interceptor.containers.registry import Container
@@ -35,8 +36,8 @@ _CONTEXT_BUSY_S = 0.005
 _NAMESPACES = {Op.NEW: 3, Op.FSOPEN: 2}
 
 
-class _Scene:
-    """The mounts around a target, looked up as needed, each once."""
+class Scene:
+    """The mounts around a target in one mount namespace, looked up as needed, each once."""
 
     def __init__(self, namespace: int) -> None:
         self.namespace = namespace
@@ -99,6 +100,9 @@ class Answerer:
             # Whatever it is, a caller waits; and the kernel's own answer is always a safe one.
             log.exception("left to the kernel: internal error")
             return Answer(Act.CONTINUE)
+        if answer.tree is not None and ask.op is not Op.FSOPEN:
+            now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+            container.note_birth(stat.statx(answer.tree).mnt_id, now)
         log.debug("answered", act=answer.act.name, error=answer.error, reason=reason)
         return answer
 
@@ -150,7 +154,7 @@ class Answerer:
     def _open_tree(self, container: Container, ask: Ask) -> tuple[Answer, str]:
         """A clone, not recursive, of something with welded submounts below: they come along, nothing else does."""
         namespace_fd, target_fd = ask.fds
-        scene = _Scene(stat.mount_namespace_id(namespace_fd))
+        scene = Scene(stat.mount_namespace_id(namespace_fd))
         found = stat.statx(target_fd)
         chain = scene.chain(found.mnt_id)
         if not chain or chain[0].fstype not in BASE_TYPES:
@@ -165,7 +169,7 @@ class Answerer:
 
     def _existing(self, container: Container, ask: Ask) -> tuple[Answer, str]:
         namespace_fd, target_fd = ask.fds
-        scene = _Scene(stat.mount_namespace_id(namespace_fd))
+        scene = Scene(stat.mount_namespace_id(namespace_fd))
         target_id = stat.statx(target_fd).mnt_id
         chain = scene.chain(target_id)
         if not chain or target_id != ask.mnt_id:
@@ -175,13 +179,14 @@ class Answerer:
         if kind is MountClass.ORIGINAL_BASE:
             circumstances = Circumstances(locked=_is_nested(container, namespace_fd))
         else:
-            circumstances = self._circumstances(container, scene, chain, kind, request)
+            circumstances = self.circumstances(container, scene, chain, kind, request)
         verdict = decide(request, kind, circumstances)
         return self._carry_out(container, scene, chain, verdict), f"{kind.value}: {verdict.reason}"
 
-    def _circumstances(
-        self, container: Container, scene: _Scene, chain: list[MountStat], kind: MountClass, request: Request
+    def circumstances(
+        self, container: Container, scene: Scene, chain: list[MountStat], kind: MountClass, request: Request
     ) -> Circumstances:
+        """What besides its class decides about ``chain[0]``, asked of the kernel."""
         if kind is MountClass.COPIED_BASE:
             own = self._own_mounts(container, scene, chain[0])
             return Circumstances(
@@ -201,15 +206,15 @@ class Answerer:
             )
         return Circumstances(protect_immutable=self._protect_immutable)
 
-    def _own_mounts(self, container: Container, scene: _Scene, base: MountStat) -> bool:
+    def _own_mounts(self, container: Container, scene: Scene, base: MountStat) -> bool:
         return any(not self._is_welded(container, scene, m) for m in scene.below(base.mnt_id))
 
     @staticmethod
-    def _is_welded(container: Container, scene: _Scene, found: MountStat) -> bool:
+    def _is_welded(container: Container, scene: Scene, found: MountStat) -> bool:
         return welded_to(scene.chain(found.mnt_id), container.baseline.plan) is not None
 
     def _carry_out(
-        self, container: Container, scene: _Scene, chain: list[MountStat], verdict: Verdict
+        self, container: Container, scene: Scene, chain: list[MountStat], verdict: Verdict
     ) -> Answer:
         if verdict.deed is Deed.REFUSE:
             return Answer(Act.ERROR, error=verdict.error, cache=verdict.lasting)
@@ -222,7 +227,7 @@ class Answerer:
             return Answer(Act.FLAGS, ids=ids[:MAX_IDS])
         return Answer(Act.CONTINUE, cache=verdict.lasting)
 
-    def _replace_base(self, container: Container, scene: _Scene, chain: list[MountStat]) -> Answer:
+    def _replace_base(self, container: Container, scene: Scene, chain: list[MountStat]) -> Answer:
         """The copied base anew, with a shield where the target stands, and those that stand there already."""
         base = welded_to(chain, container.baseline.plan)
         assert base is not None
@@ -247,12 +252,12 @@ def _is_nested(container: Container, namespace: OwnedFd) -> bool:
         return not os.path.samestat(os.fstat(owner.fileno()), os.fstat(container.userns.fileno()))
 
 
-def _welded_on(container: Container, scene: _Scene, base: MountStat) -> list[MountStat]:
+def _welded_on(container: Container, scene: Scene, base: MountStat) -> list[MountStat]:
     """The welded submounts of a base; not those of copies that the container mounted on top of it."""
     return [m for m in scene.below(base.mnt_id) if _base_of(container, scene, m) == base.mnt_id]
 
 
-def _shields(container: Container, scene: _Scene, base: MountStat) -> set[bytes]:
+def _shields(container: Container, scene: Scene, base: MountStat) -> set[bytes]:
     """Where, within its filesystem, shields stand on a base."""
     shield = container.baseline.shield_dev
     return {
@@ -262,7 +267,7 @@ def _shields(container: Container, scene: _Scene, base: MountStat) -> set[bytes]
     }
 
 
-def _base_of(container: Container, scene: _Scene, found: MountStat) -> int:
+def _base_of(container: Container, scene: Scene, found: MountStat) -> int:
     base = welded_to(scene.chain(found.mnt_id), container.baseline.plan)
     return base.mnt_id if base is not None else 0
 
@@ -272,7 +277,7 @@ def _masters(scenes: Iterable[Iterable[MountStat]]) -> dict[int, int]:
     return {m.peer_group: m.master for mounts in scenes for m in mounts if m.peer_group and m.master}
 
 
-def _originals(container: Container, scene: _Scene) -> list[tuple[MountStat, MountStat]]:
+def _originals(container: Container, scene: Scene) -> list[tuple[MountStat, MountStat]]:
     """Original bases with what they are mounted on: the first namespace's, and the caller's own."""
     baseline = container.baseline
     found = []
@@ -289,12 +294,12 @@ def _originals(container: Container, scene: _Scene) -> list[tuple[MountStat, Mou
     return found
 
 
-def _reaches_original(container: Container, scene: _Scene, targets: Iterable[list[MountStat]]) -> bool:
+def _reaches_original(container: Container, scene: Scene, targets: Iterable[list[MountStat]]) -> bool:
     """Whether unmounting any of the targets (each with its chain) would propagate to an original base."""
     shared = [chain for chain in targets if len(chain) > 1 and chain[1].peer_group]
     if not shared:
         return False
-    first = _Scene(container.baseline.namespace)
+    first = Scene(container.baseline.namespace)
     masters = _masters([scene.below(stat.LSMT_ROOT), first.below(stat.LSMT_ROOT)])
     return any(
         reaches(chain[0], chain[1], original, parent, masters)

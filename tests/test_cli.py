@@ -19,7 +19,7 @@ from tests.conftest import Serve
 
 FACTS: dict[str, object] = {
     "ps": [{"id": "web1", "pid": 4711, "listeners": 2}, {"id": "db", "pid": 5, "unit": "x" * 150}],
-    "mounts": [],
+    "tree": [],
     "stats": {"continued": 7, "denied": {"EINVAL": 2}, "guarded": True},
 }
 
@@ -98,7 +98,7 @@ def test_json_is_what_the_daemon_said(config: str, op: str) -> None:
     arguments = [op] if op == "ps" else [op, "web1"]
     done = interceptor(*arguments, "--config", config, "--json")
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout) == FACTS[op]
+    assert json.loads(done.stdout) == FACTS["tree" if op == "mounts" else op]
 
 
 def test_table_has_a_line_a_record_and_cuts_nothing(config: str) -> None:
@@ -120,7 +120,7 @@ def test_one_record_is_names_and_values(config: str) -> None:
 
 
 def test_empty_list_says_so(config: str) -> None:
-    assert interceptor("mounts", "web1", "--config", config).stdout == "no protected mounts\n"
+    assert interceptor("mounts", "web1", "--config", config).stdout == "no mounts\n"
 
 
 def test_refusal_is_one_line_with_a_hint(config: str) -> None:

@@ -35,6 +35,7 @@ LAYERS = (
     ("guards", "idshift", "mounts", "oci", "sockets", "view"),
     ("containers", "control", "notify", "spawn"),
     ("verdicts",),
+    ("explain",),
     ("lifecycle",),
     ("daemon", "library"),
     ("cli",),
@@ -45,7 +46,12 @@ LAYERS = (
 NATIVE_USERS = {"kernel", "guards"}
 
 #: Data in, decision out: modules that make no system call and know nobody who does.
-PURE = {"interceptor.mounts.policy", "interceptor.mounts.lineage", "interceptor.idshift.choose"}
+PURE = {
+    "interceptor.mounts.explain",
+    "interceptor.mounts.policy",
+    "interceptor.mounts.lineage",
+    "interceptor.idshift.choose",
+}
 IMPURE = {
     "os",
     "socket",

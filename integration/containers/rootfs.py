@@ -1,9 +1,9 @@
-"""A Debian root filesystem with systemd, made once by debootstrap and cached.
+"""Debian root filesystems, each made once by debootstrap and cached.
 
-Two trees are kept below the cache directory: ``trixie`` as debootstrap made it, owned by IDs 0..65535, and
-``trixie-100000``, the same with every ID shifted for a user namespace 0→100000. Containers use the second one as the
-lower layer of an overlay, so neither is ever written to. Each is built beside its final name and renamed when it is
-complete: an interrupted run leaves nothing that a later one could take for a root filesystem.
+Kept below the cache directory are ``trixie`` as debootstrap made it, owned by IDs 0..65535, and ``trixie-100000``, the
+same with every ID shifted for a user namespace 0→100000; of larger trees (`Recipe`) only the shifted one. Containers
+use the shifted ones as the lower layer of an overlay, so none is ever written to. Each is built beside its final name
+and renamed when it is complete: an interrupted run leaves nothing that a later one could take for a root filesystem.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import stat
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 SUITE = "trixie"
@@ -41,13 +42,36 @@ def ensure(cache: Path, first_id: int) -> Path:
         pristine = cache / SUITE
         if not _complete(pristine):
             with _under_construction(pristine) as tree:
-                _debootstrap(tree, cache / "debootstrap.log")
+                debootstrap(tree, SUITE, PACKAGES, cache / "debootstrap.log")
         shifted = cache / f"{SUITE}-{first_id}"
         if not _complete(shifted):
             with _under_construction(shifted) as tree:
                 subprocess.run(["cp", "--archive", "--reflink=auto", f"{pristine}/.", str(tree)], check=True)
                 shift_ids(tree, first_id)
     return shifted
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Another tree: a suite with packages, finished by ``extras(tree, scratch)``; its name changes with it."""
+
+    name: str
+    suite: str
+    packages: Sequence[str]
+    extras: Callable[[Path, Path], None]
+
+
+def ensure_of(recipe: Recipe, cache: Path, first_id: int) -> Path:
+    """Return the cached tree of a recipe, its IDs starting at ``first_id``; raises as `ensure` does."""
+    final = cache / f"{recipe.name}-{first_id}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with _only_one(cache):
+        if not final.is_dir():
+            with _under_construction(final) as tree, tempfile.TemporaryDirectory(dir=cache) as scratch:
+                debootstrap(tree, recipe.suite, recipe.packages, cache / "debootstrap.log")
+                recipe.extras(tree, Path(scratch))
+                shift_ids(tree, first_id)
+    return final
 
 
 def cached(cache: Path, first_id: int) -> bool:
@@ -113,9 +137,9 @@ def _under_construction(final: Path) -> Iterator[Path]:
         raise
 
 
-def _debootstrap(tree: Path, log: Path) -> None:
+def debootstrap(tree: Path, suite: str, packages: Sequence[str], log: Path) -> None:
     """Run debootstrap with its default mirror, as the machine's own apt configuration says how to reach it."""
-    argv = ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(tree)]
+    argv = ["debootstrap", "--variant=minbase", f"--include={','.join(packages)}", suite, str(tree)]
     with open(log, "wb") as output:
         subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
     shutil.rmtree(tree / "var/cache/apt/archives", ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -68,6 +69,12 @@ def print_table(rows: Sequence[Mapping[str, object]], header: bool = True) -> No
     for row in rows:
         table.add_row(*(Text(_cell(row.get(column))) for column in columns))
     Console(width=None if sys.stdout.isatty() else _UNCUT).print(table)
+
+
+def printable(text: str) -> str:
+    """A path of a container, which may have any bytes in it, fit for a terminal."""
+    shown = os.fsencode(text).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 def _cell(value: object) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from interceptor.mounts.managed import Cover, Covered, Plan
 
 #: As many as a guard knows again (native/newapi.c).
 CONTEXTS_MAX = 64
+BIRTHS_MAX = 256
 
 
 @dataclass
@@ -42,6 +43,14 @@ class Container:
     guard_pid: int = 0
     envoy_pid: int = 0
     envoy_pidfd: OwnedFd | None = None
+    births: OrderedDict[int, int] = field(default_factory=OrderedDict)
+    """When (CLOCK_BOOTTIME) the youngest composites were made that it asked for, by unique mount ID."""
+
+    def note_birth(self, mnt_id: int, now: int) -> None:
+        """Remembers when a mount was made; the oldest is forgotten when there are too many."""
+        self.births[mnt_id] = now
+        if len(self.births) > BIRTHS_MAX:
+            self.births.popitem(last=False)
 
     def close(self) -> None:
         """Lets go of everything that is held for it."""

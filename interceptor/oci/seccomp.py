@@ -67,8 +67,8 @@ RULES: tuple[Rule, ...] = (
     Rule("fsmount"),
     Rule("move_mount"),
     Rule("open_tree", _PLAIN_CLONE),
-    # 6.15+. A runtime passes over a name that its libseccomp does not know: the call is then the kernel's, which refuses
-    # a clone of this kind where covers are below.
+    # 6.15+. A runtime passes over a name that its libseccomp does not know: the call is then the kernel's, which
+    # refuses a clone of this kind where covers are below.
     Rule("open_tree_attr", _PLAIN_CLONE, number=467),
 )
 

@@ -1,0 +1,1 @@
+"""Today's tools, each the real program in a real guarded container."""
