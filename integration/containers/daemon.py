@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,10 @@ class Daemon:
 
 
 @contextlib.contextmanager
-def serving(directory: Path) -> Iterator[Daemon]:
-    """Start the daemon of this Python's environment below ``directory`` and stop it at the end."""
+def serving(directory: Path, options: Mapping[str, object] | None = None) -> Iterator[Daemon]:
+    """Start the daemon of this Python's environment below ``directory`` and stop it at the end; ``options`` are more
+    keys of its configuration, or others than these here.
+    """
     directory.mkdir(parents=True)
     daemon = Daemon(
         directory,
@@ -78,14 +80,17 @@ def serving(directory: Path) -> Iterator[Daemon]:
         program("interceptor"),
         program("interceptor-hook"),
     )
-    daemon.config.write_text(
-        f'runtime_dir = "{directory}/run"\n'
-        f'state_dir = "{directory}/state"\n'
-        'log_format = "json"\n'
-        'log_level = "info"\n'
-        "# The umounts of each unit of the container, for the table.\n"
-        "account_units = true\n"
-    )
+    keys: dict[str, object] = {
+        "runtime_dir": f"{directory}/run",
+        "state_dir": f"{directory}/state",
+        "log_format": "json",
+        "log_level": "info",
+        # The umounts of each unit of the container, for the table.
+        "account_units": True,
+        **(options or {}),
+    }
+    # What JSON writes for strings, numbers, truth and lists is TOML as well.
+    daemon.config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items()))
     with NotifySocket(directory / "notify") as ready, open(daemon.log, "wb") as log:
         process = subprocess.Popen(
             # The daemon must not outlive a quickstart that was killed.

@@ -26,7 +26,7 @@ from interceptor.kernel.process import start_time
 from interceptor.oci import rewrite as pure
 from interceptor.oci.capabilities import CAPABILITIES
 from interceptor.oci.commandline import CommandLine
-from interceptor.oci.runtime import Local, release
+from interceptor.oci.runtime import Local, give_pipes, release
 from interceptor.oci.settings import Settings, read_settings
 
 #: Beside the manager's own work directory.
@@ -127,6 +127,7 @@ def _build(job: Job, cgroup: str | None) -> None:
         new.setdefault("root", {})["path"] = job.root
     job.local.ask({"op": "ownership", "id": job.cid, "root": new["root"]["path"], **mapped})
     _leave_note(job, new, host)
+    give_pipes(uids.first + int((new["process"].get("user") or {}).get("uid") or 0))
     place = f"{job.answer['stage']}/config.json"
     with open(place, "w") as file:
         json.dump(new, file)
@@ -174,6 +175,7 @@ def _private_mounts(stage: str) -> None:
 def _leave_note(job: Job, new: dict[str, Any], host: pure.Host) -> None:
     honor = host.honor_caps if job.settings.honor_caps is None else job.settings.honor_caps
     note = {
+        "first_uid": host.uids.first,
         "systemd": pure.is_systemd(job.spec, job.settings),
         "honor_caps": honor,
         "capabilities": list(host.capabilities),

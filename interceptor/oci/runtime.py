@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -173,21 +174,35 @@ def _exec(line: CommandLine, local: Local) -> list[str]:
     """Processes that a manager adds get the capabilities that the first one got."""
     known = _known(line, local)
     path = line.value("--process", "-p")
-    if not known or known["honor_caps"] or line.container is None:
+    if not known or line.container is None:
         return line.words
-    from interceptor.oci.rewrite import rewrite_process
-
-    def rewritten(process: dict[str, Any]) -> dict[str, Any]:
-        return rewrite_process(process, False, known["capabilities"], known["apparmor"])
-
+    process: dict[str, Any] = {}
+    if path is not None:
+        with open(path) as file:
+            process = json.load(file)
+    give_pipes(known["first_uid"] + int((process.get("user") or {}).get("uid") or 0))
+    if known["honor_caps"]:
+        return line.words
     if path is None:
         at = next(i for i, word in line.arguments if word == line.container)
         extra = [f"--cap={name}" for name in known["capabilities"]]
         return [*line.words[:at], *extra, *line.words[at:]]
-    with open(path) as file:
-        process = rewritten(json.load(file))
+    from interceptor.oci.rewrite import rewrite_process
+
+    process = rewrite_process(process, False, known["capabilities"], known["apparmor"])
     name = "--process" if line.value("--process") is not None else "-p"
     return line.replaced(name, private_file(json.dumps(process)))
+
+
+def give_pipes(owner: int) -> None:
+    """Gives the pipes of standard input and output to the process that will have them: it may open them again, as
+    ``/dev/stdout``. A runtime, which does so in the container's user namespace, may not give away what is root's."""
+    for fd in (0, 1, 2):
+        try:
+            if stat.S_ISFIFO(os.fstat(fd).st_mode):
+                os.fchown(fd, owner, -1)
+        except OSError:
+            continue
 
 
 def private_file(text: str) -> str:
