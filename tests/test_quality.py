@@ -31,8 +31,8 @@ FILE_MAX = 600
 LAYERS = (
     ("errors",),
     ("client", "config", "kernel", "packets"),
-    ("observe",),
-    ("guards", "idshift", "mounts", "oci", "sockets", "view"),
+    ("observe", "idshift"),
+    ("guards", "mounts", "oci", "sockets", "view"),
     ("containers", "control", "notify", "spawn"),
     ("verdicts",),
     ("lifecycle",),
@@ -45,7 +45,15 @@ LAYERS = (
 NATIVE_USERS = {"kernel", "guards"}
 
 #: Data in, decision out: modules that make no system call and know nobody who does.
-PURE = {"interceptor.mounts.policy", "interceptor.mounts.lineage", "interceptor.idshift.choose"}
+PURE = {"interceptor.mounts.policy", "interceptor.mounts.lineage", "interceptor.idshift.choose"} | {
+    *("interceptor.idshift.subid", "interceptor.idshift.overlay"),
+    *(
+        "interceptor.oci.rewrite",
+        "interceptor.oci.profile",
+        "interceptor.oci.settings",
+        "interceptor.oci.commandline",
+    ),
+}
 IMPURE = {
     "os",
     "socket",

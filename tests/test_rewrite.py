@@ -14,7 +14,15 @@ from interceptor.errors import ContainerError
 from interceptor.oci import commandline
 from interceptor.oci.capabilities import CAPABILITIES
 from interceptor.oci.profile import MOUNT_FAMILY, SYSTEM_CALLS, TRAPPED, WAIT_KILLABLE_RECV, merge
-from interceptor.oci.rewrite import Host, IdRange, is_privileged, is_systemd, kept_paths, rewrite, rewrite_process
+from interceptor.oci.rewrite import (
+    Host,
+    IdRange,
+    is_privileged,
+    is_systemd,
+    kept_paths,
+    rewrite,
+    rewrite_process,
+)
 from interceptor.oci.seccomp import oci_fragment
 from interceptor.oci.settings import OWNERSHIPS, Settings, read_settings
 
@@ -30,7 +38,9 @@ HOST = Host(
 
 # ---- what managers write, and what they might ----
 
-NAMES = st.sampled_from([*TRAPPED, *MOUNT_FAMILY, *SYSTEM_CALLS, "read", "write", "keyctl", "kexec_load", "swapon"])
+NAMES = st.sampled_from(
+    [*TRAPPED, *MOUNT_FAMILY, *SYSTEM_CALLS, "read", "write", "keyctl", "kexec_load", "swapon"]
+)
 RULES = st.fixed_dictionaries(
     {
         "names": st.lists(NAMES, min_size=1, max_size=5),
@@ -49,12 +59,21 @@ PROFILES = st.fixed_dictionaries(
         "flags": st.lists(st.sampled_from(["SECCOMP_FILTER_FLAG_LOG", WAIT_KILLABLE_RECV]), unique=True),
     },
 )
-DESTINATIONS = st.sampled_from(["/proc", "/sys", "/sys/fs/cgroup", "/dev", "/dev/shm", "/run", "/run/secrets", "/v", "/dev/kmsg"])
+DESTINATIONS = st.sampled_from(
+    ["/proc", "/sys", "/sys/fs/cgroup", "/dev", "/dev/shm", "/run", "/run/secrets", "/v", "/dev/kmsg"]
+)
 MOUNTS = st.builds(
-    lambda destination, kind, options: {"destination": destination, "type": kind, "source": "s", "options": options},
+    lambda destination, kind, options: {
+        "destination": destination,
+        "type": kind,
+        "source": "s",
+        "options": options,
+    },
     DESTINATIONS,
     st.sampled_from(["bind", "tmpfs", "proc", "sysfs", "cgroup", "mqueue"]),
-    st.lists(st.sampled_from(["ro", "rw", "nosuid", "rbind", "bind", "rshared", "shared", "rslave"]), unique=True),
+    st.lists(
+        st.sampled_from(["ro", "rw", "nosuid", "rbind", "bind", "rshared", "shared", "rslave"]), unique=True
+    ),
 )
 LISTS_OF_CAPABILITIES = st.lists(st.sampled_from(CAPABILITIES), unique=True, max_size=6)
 PROCESSES = st.fixed_dictionaries(
@@ -63,7 +82,8 @@ PROCESSES = st.fixed_dictionaries(
         "user": st.fixed_dictionaries({"uid": st.sampled_from([0, 1000]), "gid": st.just(0)}),
         "env": st.lists(st.sampled_from(["PATH=/bin", "container=podman", "A=b"]), unique=True),
         "capabilities": st.dictionaries(
-            st.sampled_from(["bounding", "effective", "permitted", "inheritable", "ambient"]), LISTS_OF_CAPABILITIES
+            st.sampled_from(["bounding", "effective", "permitted", "inheritable", "ambient"]),
+            LISTS_OF_CAPABILITIES,
         ),
         "apparmorProfile": st.sampled_from(["docker-default", "mine", ""]),
     },
@@ -147,7 +167,9 @@ def test_nothing_that_a_manager_mounts_is_lost(spec: Json, settings: Settings, h
     wanted = [m["destination"] for m in spec["mounts"] if own_ipc or m["type"] != "mqueue"]
     added = ["/dev/kmsg", "/run", "/run/lock"]
     positions = iter(kept)
-    assert all(any(destination == one for one in positions) for destination in wanted), "in the manager's order"
+    assert all(any(destination == one for one in positions) for destination in wanted), (
+        "in the manager's order"
+    )
     assert len(kept) - len(wanted) <= len(added)
     if is_systemd(spec, settings):
         assert {"/run", "/run/lock"} <= set(kept)
@@ -161,7 +183,9 @@ def test_nothing_that_a_manager_mounts_is_lost(spec: Json, settings: Settings, h
 
 
 def said_of(profile: Json, name: str) -> list[tuple[str, str]]:
-    return [(r["action"], json.dumps(r.get("args"))) for r in profile.get("syscalls", []) if name in r["names"]]
+    return [
+        (r["action"], json.dumps(r.get("args"))) for r in profile.get("syscalls", []) if name in r["names"]
+    ]
 
 
 @given(PROFILES, st.booleans(), st.booleans())
@@ -178,7 +202,9 @@ def test_a_profile_is_not_weakened_beyond_the_tables(profile: Json, system: bool
         # Next to a default that refuses, a call that is trapped for some arguments would be refused for the others.
         if profile["defaultAction"] != "SCMP_ACT_ALLOW":
             assert said_of(new, name) == [("SCMP_ACT_NOTIFY", "null")]
-    assert (WAIT_KILLABLE_RECV in new.get("flags", [])) == (wait or WAIT_KILLABLE_RECV in profile.get("flags", []))
+    assert (WAIT_KILLABLE_RECV in new.get("flags", [])) == (
+        wait or WAIT_KILLABLE_RECV in profile.get("flags", [])
+    )
     assert merge(new, "/s", system=system, wait_killable=wait) == new
 
 
@@ -203,16 +229,23 @@ def test_a_second_listener_is_a_clear_error(profile: Json) -> None:
 
 
 def test_capabilities_by_user_and_by_honor_caps() -> None:
-    few = dict.fromkeys(("bounding", "effective", "permitted", "inheritable"), ["CAP_CHOWN"])
+    few = {name: ["CAP_CHOWN"] for name in ("bounding", "effective", "permitted", "inheritable")}
     root = rewrite_process({"capabilities": few, "user": {"uid": 0}}, False, CAPABILITIES, "relax")
-    assert root["capabilities"] == {**dict.fromkeys(("bounding", "effective", "permitted"), CAPABILITIES), "inheritable": []}
+    assert root["capabilities"] == {
+        **dict.fromkeys(("bounding", "effective", "permitted"), CAPABILITIES),
+        "inheritable": [],
+    }
     user = rewrite_process({"capabilities": few, "user": {"uid": 5}}, False, CAPABILITIES, "relax")
     assert user["capabilities"] == {**few, "bounding": CAPABILITIES}
-    kept = rewrite_process({"capabilities": few, "apparmorProfile": "docker-default"}, True, CAPABILITIES, "keep")
+    kept = rewrite_process(
+        {"capabilities": few, "apparmorProfile": "docker-default"}, True, CAPABILITIES, "keep"
+    )
     assert kept == {"capabilities": few, "apparmorProfile": "docker-default"}
     relaxed = rewrite_process({"apparmorProfile": "docker-default"}, True, CAPABILITIES, "relax")
     assert relaxed == {"apparmorProfile": "unconfined"}
-    assert rewrite_process({"apparmorProfile": "mine"}, True, CAPABILITIES, "relax") == {"apparmorProfile": "mine"}
+    assert rewrite_process({"apparmorProfile": "mine"}, True, CAPABILITIES, "relax") == {
+        "apparmorProfile": "mine"
+    }
 
 
 def privileged() -> Json:
@@ -240,7 +273,7 @@ def test_privileged_is_refused_or_made_a_system_container() -> None:
 @pytest.mark.parametrize("namespaces", [["mount"], ["pid"], [("pid", "/proc/1/ns/pid"), "mount"]])
 def test_shared_namespaces_that_cannot_be_are_refused(namespaces: list[Any]) -> None:
     listed = [{"type": n} if isinstance(n, str) else {"type": n[0], "path": n[1]} for n in namespaces]
-    with pytest.raises(ContainerError, match="needs a (pid|mount) namespace of its own"):
+    with pytest.raises(ContainerError, match=r"needs a (pid|mount) namespace of its own"):
         rewrite({"linux": {"namespaces": listed}}, Settings(), HOST)
 
 
@@ -257,7 +290,9 @@ def test_settings_are_read_from_both_and_annotations_win() -> None:
     annotations = {"io.interceptor.honor_caps": "false", "other": "x"}
     assert read_settings(annotations, environment) == Settings(honor_caps=False, skip_id_shift=("/a", "/b"))
     assert read_settings(None, None) == Settings()
-    assert {read_settings({"io.interceptor.ownership": o}, []).ownership for o in OWNERSHIPS} == set(OWNERSHIPS)
+    assert {read_settings({"io.interceptor.ownership": o}, []).ownership for o in OWNERSHIPS} == set(
+        OWNERSHIPS
+    )
 
 
 @pytest.mark.parametrize(
@@ -279,7 +314,22 @@ def test_wrong_settings_are_refused_by_name(entry: str, message: str) -> None:
 
 
 def test_what_containerd_says_is_understood() -> None:
-    words = "--root /r --log /l --log-format json create --bundle /b --pid-file /p --console-socket /c ID".split()
+    words = [
+        "--root",
+        "/r",
+        "--log",
+        "/l",
+        "--log-format",
+        "json",
+        "create",
+        "--bundle",
+        "/b",
+        "--pid-file",
+        "/p",
+        "--console-socket",
+        "/c",
+        "ID",
+    ]
     line = commandline.parse(["--interceptor-config", "/etc/x", *words])
     assert (line.config, line.command, line.container) == ("/etc/x", "create", "ID")
     assert (line.value("--root"), line.value("--bundle", "-b"), line.words) == ("/r", "/b", words)

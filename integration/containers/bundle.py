@@ -15,6 +15,7 @@ from interceptor.oci.seccomp import oci_fragment
 #: A JSON object as it goes into config.json.
 Json = dict[str, Any]
 
+
 @dataclass(frozen=True)
 class Device:
     """A character device of the host, bound in under its own path."""

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class Daemon:
     log: Path
     command: str
     hook: str
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    """The daemon and its successors, the last one running."""
 
     @property
     def listener(self) -> Path:
@@ -91,7 +93,16 @@ def serving(directory: Path, options: Mapping[str, object] | None = None) -> Ite
     }
     # What JSON writes for strings, numbers, truth and lists is TOML as well.
     daemon.config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items()))
-    with NotifySocket(directory / "notify") as ready, open(daemon.log, "wb") as log:
+    try:
+        start(daemon)
+        yield daemon
+    finally:
+        stop(daemon.processes[-1])
+
+
+def start(daemon: Daemon) -> None:
+    """Start the daemon, or a successor of one that has ended; return when it is ready."""
+    with NotifySocket(daemon.directory / "notify") as ready, open(daemon.log, "ab") as log:
         process = subprocess.Popen(
             # The daemon must not outlive a quickstart that was killed.
             ["setpriv", "--pdeathsig", "TERM", daemon.command, "serve", "--config", str(daemon.config)],
@@ -102,14 +113,11 @@ def serving(directory: Path, options: Mapping[str, object] | None = None) -> Ite
             cwd="/",
             start_new_session=True,
         )
+        daemon.processes.append(process)
         try:
-            try:
-                ready.wait_ready(process.pid, READY_SECONDS)
-            except NotReady as error:
-                raise DaemonError(f"{daemon.command} serve: {error}\n{daemon.log_tail()}") from error
-            yield daemon
-        finally:
-            stop(process)
+            ready.wait_ready(process.pid, READY_SECONDS)
+        except NotReady as error:
+            raise DaemonError(f"{daemon.command} serve: {error}\n{daemon.log_tail()}") from error
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

@@ -52,7 +52,7 @@ class Docker:
         """``docker ARGUMENTS``: its output; fails with what it said."""
         done = self.try_(*arguments, stdin=stdin)
         assert done.returncode == 0, f"docker {' '.join(arguments)}: {done.stderr.decode()}"
-        return done.stdout.decode()
+        return done.stdout.decode(errors="surrogateescape")
 
     def run(self, *arguments: str) -> str:
         """``docker run --rm`` under our runtime, without a network."""
@@ -88,9 +88,12 @@ def serving(runtime_options: Mapping[str, object] | None = None) -> Iterator[Doc
 
 
 @contextlib.contextmanager
-def engine(run: Path, data: Path, daemon: Daemon) -> Iterator[Docker]:
-    """dockerd alone."""
-    runtime = {"path": program("interceptor-runc"), "runtimeArgs": ["--interceptor-config", str(daemon.config)]}
+def engine(run: Path, data: Path, daemon: Daemon, *more: str) -> Iterator[Docker]:
+    """dockerd alone; ``more`` are options of it."""
+    runtime = {
+        "path": program("interceptor-runc"),
+        "runtimeArgs": ["--interceptor-config", str(daemon.config)],
+    }
     (run / "daemon.json").write_text(json.dumps({"runtimes": {"interceptor": runtime}}))
     parent = f"/{run.name}"
     argv = [
@@ -99,6 +102,7 @@ def engine(run: Path, data: Path, daemon: Daemon) -> Iterator[Docker]:
         *("dockerd", f"--config-file={run}/daemon.json", "--iptables=false", "--bridge=none"),
         *(f"--host=unix://{run}/docker.sock", f"--data-root={data}", f"--exec-root={run}/exec"),
         *(f"--pidfile={run}/docker.pid", f"--cgroup-parent={parent}", "--storage-driver=overlay2"),
+        *more,
     ]
     with NotifySocket(run / "notify") as ready, open(run / "dockerd.log", "wb") as log:
         process = subprocess.Popen(
@@ -123,6 +127,17 @@ def import_image(docker: Docker, tree: Path, name: str = IMAGE) -> None:
     """Makes an image of a directory, with owners and extended attributes as they are there."""
     tar = ["tar", "--create", "--numeric-owner", "--xattrs", "--xattrs-include=*", f"--directory={tree}", "."]
     with subprocess.Popen(tar, stdout=subprocess.PIPE) as archive:
-        argv = ["docker", "-H", f"unix://{docker.socket}", "import", "--change", 'CMD ["/bin/bash"]', "-", name]
-        subprocess.run(argv, stdin=archive.stdout, check=True, stdout=subprocess.DEVNULL, timeout=COMMAND_SECONDS)
+        argv = [
+            "docker",
+            "-H",
+            f"unix://{docker.socket}",
+            "import",
+            "--change",
+            'CMD ["/bin/bash"]',
+            "-",
+            name,
+        ]
+        subprocess.run(
+            argv, stdin=archive.stdout, check=True, stdout=subprocess.DEVNULL, timeout=COMMAND_SECONDS
+        )
     assert archive.returncode == 0

@@ -1,4 +1,4 @@
-"""The daemon's part in what `interceptor-runc` does: reserving before a container is created, releasing after its end."""
+"""The daemon's part in what `interceptor-runc` does: reserving before a container is created, releasing at its end."""
 
 from __future__ import annotations
 
@@ -152,14 +152,21 @@ class Preparations:
 
     async def _wait_killable(self) -> bool:
         """Whether the runtime says that it knows the flag (``features``, OCI runtime specification 1.1)."""
-        path = shutil.which(self._config.runtime)
-        if path is None:
+        key = _identity(self._config.runtime)
+        if key is None:
             return False
-        status = os.stat(path)
-        key = (os.path.realpath(path), status.st_mtime_ns, status.st_size)
         if key not in self._features:
-            self._features[key] = await _has_wait_killable(path)
+            self._features[key] = await _has_wait_killable(key[0])
         return self._features[key]
+
+
+def _identity(program: str) -> tuple[str, int, int] | None:
+    """Path, time of change and size of a program; None where it is not installed."""
+    path = shutil.which(program)
+    if path is None:
+        return None
+    status = os.stat(path)
+    return os.path.realpath(path), status.st_mtime_ns, status.st_size
 
 
 async def _has_wait_killable(path: str) -> bool:
@@ -185,7 +192,10 @@ def _hooks(control: str) -> dict[str, list[str]]:
         path = shutil.which("interceptor-hook") or path
     common = [path, "--socket", control]
     # A container has to be deletable while no daemon is there; the next one finds what is to be released.
-    return {"createRuntime": [*common, "createRuntime"], "poststop": [*common, "--daemon-may-be-away", "poststop"]}
+    return {
+        "createRuntime": [*common, "createRuntime"],
+        "poststop": [*common, "--daemon-may-be-away", "poststop"],
+    }
 
 
 def _require_searchable(path: str) -> None:

@@ -1,4 +1,4 @@
-"""The layers of an overlay, from what ``/proc/self/mountinfo`` says of it. Pure, but for the test whether a path exists.
+"""The layers of an overlay, from what ``/proc/self/mountinfo`` says of it. Pure: whether a path exists is asked for.
 
 Sources: proc_pid_mountinfo(5); Documentation/filesystems/overlayfs.rst; seq_show_option() and ovl_show_options() of the
 kernel for what is escaped.
@@ -53,9 +53,7 @@ def parse_mountinfo(text: str) -> list[MountLine]:
         fields, rest = left.split(" "), right.split(" ")
         if len(fields) < 6 or len(rest) < 3:
             continue
-        found.append(
-            MountLine(int(fields[0]), unescape(fields[4]), unescape(fields[3]), rest[0], rest[2])
-        )
+        found.append(MountLine(int(fields[0]), unescape(fields[4]), unescape(fields[3]), rest[0], rest[2]))
     return found
 
 

@@ -44,7 +44,7 @@ def parse(text: str, users: Iterable[str]) -> list[Block]:
         if not (fields[1].isdecimal() and fields[2].isdecimal()):
             continue
         block = Block(int(fields[1]), int(fields[2]))
-        if 0 < block.first and block.size > 0 and block.end - 1 <= ID_MAX:
+        if block.first > 0 and block.size > 0 and block.end - 1 <= ID_MAX:
             found.append(block)
     return found
 
@@ -62,9 +62,7 @@ def allocate(ranges: Sequence[Block], taken: Iterable[Block], size: int) -> Bloc
     return None
 
 
-def require(
-    file: str, user: str, ranges: Sequence[Block], taken: Sequence[Block], size: int
-) -> Block:
+def require(file: str, user: str, ranges: Sequence[Block], taken: Sequence[Block], size: int) -> Block:
     """`allocate`, or the error that says what an administrator has to do. Raises `ContainerError`."""
     block = allocate(ranges, taken, size)
     if block is not None:

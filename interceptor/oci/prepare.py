@@ -223,9 +223,7 @@ def _devices(new: dict[str, Any], place: str, uids: Block, gids: Block) -> None:
         os.mknod(node, kinds[device["type"]] | mode, os.makedev(int(device["major"]), int(device["minor"])))
         os.chmod(node, mode)
         owner, group = int(device.get("uid") or 0), int(device.get("gid") or 0)
-        os.chown(
-            node, uids.first + min(owner, uids.size - 1), gids.first + min(group, gids.size - 1)
-        )
+        os.chown(node, uids.first + min(owner, uids.size - 1), gids.first + min(group, gids.size - 1))
         new["mounts"].append(
             {"type": "bind", "source": node, "destination": device["path"], "options": ["bind", "rw"]}
         )

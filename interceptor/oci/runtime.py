@@ -8,6 +8,7 @@ library's cheap parts.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -78,7 +79,8 @@ def _become(runtime: str, words: Sequence[str]) -> NoReturn:
     found = shutil.which(runtime)
     if found is None:
         raise InterceptorError(
-            f"the runtime {runtime!r} is not installed", f"set runtime in the configuration, or {RUNTIME_VARIABLE}"
+            f"the runtime {runtime!r} is not installed",
+            f"set runtime in the configuration, or {RUNTIME_VARIABLE}",
         )
     os.execv(found, [found, *words])
 
@@ -140,10 +142,8 @@ def _delete(line: CommandLine, local: Local) -> list[str]:
 
 def release(local: Local, cid: str) -> None:
     """Tells the daemon that a container is gone. Without a daemon the next one finds out."""
-    try:
+    with contextlib.suppress(InterceptorError):
         local.ask({"op": "release", "id": cid})
-    except InterceptorError:
-        pass
 
 
 def _known(line: CommandLine, local: Local) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What one container asks for itself: OCI annotations ``io.interceptor.*`` and ``INTERCEPTOR_*`` of its environment.
 
-Pure. Both spell the same settings, ``io.interceptor.honor_caps=true`` and ``INTERCEPTOR_HONOR_CAPS=true``. An annotation
-is the manager's word and goes before the environment, which an image can set as well.
+Pure. Both spell the same settings, ``io.interceptor.honor_caps=true`` and ``INTERCEPTOR_HONOR_CAPS=true``. An
+annotation is the manager's word and goes before the environment, which an image can set as well.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def _take(values: dict[str, Any], name: str, key: str, text: str) -> None:
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1)
         raise ContainerError(
-            f"{name}: unknown setting; known: {', '.join(known)}", f"did you mean {near[0]}?" if near else None
+            f"{name}: unknown setting; known: {', '.join(known)}",
+            f"did you mean {near[0]}?" if near else None,
         )
     if key == "ownership":
         if text not in OWNERSHIPS:
@@ -62,7 +63,9 @@ def _take(values: dict[str, Any], name: str, key: str, text: str) -> None:
     elif key == "skip_id_shift":
         paths = tuple(path for path in text.split(",") if path)
         if bad := [path for path in paths if path != "*" and not path.startswith("/")]:
-            raise ContainerError(f"{name}: {bad[0]!r} cannot be used; allowed: absolute paths with commas, or *")
+            raise ContainerError(
+                f"{name}: {bad[0]!r} cannot be used; allowed: absolute paths with commas, or *"
+            )
         values[key] = paths
     else:
         if text not in ("true", "false"):

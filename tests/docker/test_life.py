@@ -43,13 +43,17 @@ def extracted(docker: Docker, path: str) -> bytes:
 
 
 def test_exec_has_the_capabilities_and_the_guard_of_the_first_process(docker: Docker, container: str) -> None:
-    script = "grep -E 'CapEff|Seccomp:' /proc/self/status; mount -t tmpfs t /mnt && mount -t proc p /mnt && umount /mnt/sys; ls -A /mnt/sys"
+    script = (
+        "grep -E 'CapEff|Seccomp:' /proc/self/status; mount -t proc p /mnt && umount /mnt/sys; ls -A /mnt/sys"
+    )
     capabilities, seccomp = inside(docker, script).splitlines()
     assert int(capabilities.split()[1], 16) & 1 << 21
     assert seccomp.split()[1] == "2"
 
 
-def test_cp_goes_both_ways_and_sees_what_the_other_side_changed(docker: Docker, container: str, tmp_path: Path) -> None:
+def test_cp_goes_both_ways_and_sees_what_the_other_side_changed(
+    docker: Docker, container: str, tmp_path: Path
+) -> None:
     """Names that one side looked for before the other made them are what overlays remember wrongly."""
     assert docker.try_("cp", "life:/root/late", "-").returncode != 0
     inside(docker, "cat /root/given; echo one > /root/late; echo changed > /etc/issue; true")
@@ -86,7 +90,9 @@ def test_diff_and_export_and_commit_show_just_the_changes(docker: Docker, contai
     assert grown - int(docker("inspect", "-f", "{{.Size}}", IMAGE)) < 4096
     for runtime in ("runc", "interceptor"):
         argv = ["run", "--rm", "--network=none", f"--runtime={runtime}", "interceptor-test/committed"]
-        assert docker(*argv, "sh", "-c", "stat -c %u /srv/new; ls /etc/issue.net || echo gone") == "33\ngone\n"
+        assert (
+            docker(*argv, "sh", "-c", "stat -c %u /srv/new; ls /etc/issue.net || echo gone") == "33\ngone\n"
+        )
     docker("rmi", "interceptor-test/committed")
 
 
@@ -109,7 +115,14 @@ def test_a_health_check_runs(docker: Docker) -> None:
     with subprocess.Popen(
         ["docker", "-H", f"unix://{docker.socket}", *events], stdout=subprocess.PIPE, text=True
     ) as told:
-        docker.start("healthy", "--health-cmd=umount /proc/sys; test $? = 32", "--health-interval=1s", IMAGE, "sleep", "60")
+        docker.start(
+            "healthy",
+            "--health-cmd=umount /proc/sys; test $? = 32",
+            "--health-interval=1s",
+            IMAGE,
+            "sleep",
+            "60",
+        )
         assert told.stdout is not None
         assert told.stdout.readline() == "health_status: healthy\n"
         told.terminate()

@@ -23,7 +23,10 @@ def refusal(docker: Docker, *arguments: str) -> str:
 
 
 def test_root_is_root_inside_and_nobody_outside(docker: Docker) -> None:
-    script = "cat /proc/self/uid_map; touch /made; stat -c %u:%g /made /etc/passwd; umount /proc/sys; mount --bind /proc /mnt && umount /mnt/sys && ls -A /mnt/sys"
+    script = (
+        "cat /proc/self/uid_map; touch /made; stat -c %u:%g /made /etc/passwd; umount /proc/sys;"
+        "mount --bind /proc /mnt && umount /mnt/sys && ls -A /mnt/sys"
+    )
     name = "root-inside"
     docker.start(name, IMAGE, "sh", "-c", script)
     docker("wait", name)
@@ -37,8 +40,13 @@ def test_root_is_root_inside_and_nobody_outside(docker: Docker) -> None:
 
 
 def test_read_only_root_stays_read_only(docker: Docker) -> None:
-    script = "touch /x; mount -o remount,rw,bind /; touch /x; mount --bind / /mnt; mount -o remount,rw,bind /mnt; touch /mnt/x; ls /x"
-    done = docker.try_("run", "--rm", "--network=none", "--runtime=interceptor", "--read-only", IMAGE, "sh", "-c", script)
+    script = (
+        "touch /x; mount -o remount,rw,bind /; touch /x;"
+        "mount --bind / /mnt; mount -o remount,rw,bind /mnt; touch /mnt/x; ls /x"
+    )
+    done = docker.try_(
+        "run", "--rm", "--network=none", "--runtime=interceptor", "--read-only", IMAGE, "sh", "-c", script
+    )
     assert done.stderr.decode().count("Read-only file system") == 3
     assert "cannot access '/x'" in done.stderr.decode()
 
@@ -58,8 +66,8 @@ def test_volumes_are_mapped_both_ways(docker: Docker, tmp_path: Path) -> None:
     os.chown(tmp_path / "given", 1000, 1000)
     script = "stat -c %u:%g /v/given; touch /v/new; chown 33:7 /v/new"
     assert docker.run("-v", f"{tmp_path}:/v", IMAGE, "sh", "-c", script) == "1000:1000\n"
-    new = (tmp_path / "new").stat()
-    assert (new.st_uid, new.st_gid) == (33, 7)
+    made = (tmp_path / "new").stat()
+    assert (made.st_uid, made.st_gid) == (33, 7)
     assert docker.run("-v", f"{tmp_path}/given:/f", IMAGE, "stat", "-c", "%u", "/f") == "1000\n"
     assert docker.run("-v", "named:/v", IMAGE, "stat", "-c", "%u", "/v") == "0\n"
     script = "touch /v/no; mount -o remount,rw,bind /v; touch /v/no; echo $?"
@@ -76,13 +84,26 @@ def test_exceptions_from_mapping(docker: Docker, tmp_path: Path) -> None:
     os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
     binds = [f"-v={inside}:/inside", f"-v={skipped}:/skipped", f"-v={device}:/device"]
     script = "stat -c %u /inside /skipped /device"
-    docker.start("exceptions", *binds, "-e", "INTERCEPTOR_SKIP_ID_SHIFT=/skipped", IMAGE, "sh", "-c", f"{script}; sleep 60")
+    docker.start(
+        "exceptions",
+        *binds,
+        "-e",
+        "INTERCEPTOR_SKIP_ID_SHIFT=/skipped",
+        IMAGE,
+        "sh",
+        "-c",
+        f"{script}; sleep 60",
+    )
     [cid] = [one["id"] for one in docker.daemon.ask("ps")]
     decided = {one["path"]: one for one in docker.daemon.ask("explain", id=cid)}
     assert decided["/"]["strategy"] == decided["/etc/hosts"]["strategy"] == "idmapped"
-    for path, word in (("/inside", "already"), ("/skipped", "skip_id_shift"), ("/device", "no file or directory")):
-        assert decided[path]["strategy"] == "none"
-        assert word in decided[path]["reason"]
+    for point, word in (
+        ("/inside", "already"),
+        ("/skipped", "skip_id_shift"),
+        ("/device", "no file or directory"),
+    ):
+        assert decided[point]["strategy"] == "none"
+        assert word in decided[point]["reason"]
     assert docker("exec", "exceptions", "sh", "-c", script) == "0\n65534\n65534\n"
     docker("rm", "-f", "exceptions")
 
