@@ -17,8 +17,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from integration.containers import quickstart, rootfs
@@ -62,25 +62,22 @@ def _starter(docker: Docker, runtime: str) -> Callable[[], str]:
     return lambda: docker(*argv)
 
 
-def _remapped(docker: Docker) -> ExitStack:
-    """A second engine, with userns-remap. dockerd takes the ranges of /etc/subuid, which is another file for it."""
-    stack = ExitStack()
+@contextmanager
+def _remapped(docker: Docker) -> Iterator[Docker]:
+    """A second engine, with userns-remap: its user's IDs are in files that only it sees as /etc/subuid and subgid."""
     run = Path(tempfile.mkdtemp(prefix="interceptor-remap-", dir="/run"))
     data = Path(tempfile.mkdtemp(prefix="interceptor-remap-", dir="/var/tmp"))
-    for path in (run, data):
-        path.chmod(0o755)
-        stack.callback(shutil.rmtree, path, ignore_errors=True)
-    stack.enter_context(engine(run, data, docker.daemon, f"--userns-remap={_user()}"))
-    return stack
-
-
-def _user() -> str:
-    """A user with subordinate IDs on this machine: dockerd has no option for other files."""
-    names = {line.split(":")[0] for name in ("uid", "gid") for line in Path(f"/etc/sub{name}").read_text().splitlines()}
-    found = sorted(names)
-    if not found:
-        raise SystemExit("userns-remap needs a user with a line in /etc/subuid and /etc/subgid")
-    return found[0]
+    try:
+        for path in (run, data):
+            path.chmod(0o755)
+        (run / "subids").write_text("nobody:2000000:65536\n")
+        with engine(
+            run, data, docker.daemon, "--userns-remap=nobody:nogroup", subids=run / "subids"
+        ) as remapped:
+            yield remapped
+    finally:
+        for path in (run, data):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def main() -> int:

@@ -26,6 +26,9 @@ IMAGE = "interceptor-test/trixie:base"
 #: Rows for ten containers; the files of subuid(5) of the machine are not touched.
 SUBIDS = "interceptor:1000000:655360\n"
 
+#: Puts a file over those of subuid(5), in the engine's own mount namespace.
+SUBIDS_OVER = 'mount --bind "$0" /etc/subuid; mount --bind "$0" /etc/subgid; exec "$@"'
+
 
 @dataclass(frozen=True)
 class Docker:
@@ -88,8 +91,8 @@ def serving(runtime_options: Mapping[str, object] | None = None) -> Iterator[Doc
 
 
 @contextlib.contextmanager
-def engine(run: Path, data: Path, daemon: Daemon, *more: str) -> Iterator[Docker]:
-    """dockerd alone; ``more`` are options of it."""
+def engine(run: Path, data: Path, daemon: Daemon, *more: str, subids: Path | None = None) -> Iterator[Docker]:
+    """dockerd alone; ``more`` are options of it, and ``subids`` what it has as /etc/subuid and /etc/subgid."""
     runtime = {
         "path": program("interceptor-runc"),
         "runtimeArgs": ["--interceptor-config", str(daemon.config)],
@@ -98,7 +101,9 @@ def engine(run: Path, data: Path, daemon: Daemon, *more: str) -> Iterator[Docker
     parent = f"/{run.name}"
     argv = [
         # A mount namespace of its own: nothing that it or a killed shim leaves mounted stays on the host.
-        *("unshare", "--mount", "--propagation", "slave", "setpriv", "--pdeathsig", "TERM"),
+        *("unshare", "--mount", "--propagation", "slave"),
+        *(["sh", "-euc", SUBIDS_OVER, str(subids)] if subids is not None else []),
+        *("setpriv", "--pdeathsig", "TERM"),
         *("dockerd", f"--config-file={run}/daemon.json", "--iptables=false", "--bridge=none"),
         *(f"--host=unix://{run}/docker.sock", f"--data-root={data}", f"--exec-root={run}/exec"),
         *(f"--pidfile={run}/docker.pid", f"--cgroup-parent={parent}", "--storage-driver=overlay2"),

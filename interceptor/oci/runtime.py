@@ -1,26 +1,26 @@
 """``interceptor-runc``: an OCI runtime that makes guarded system containers by means of a stock one.
 
 It looks at its command line, does what is needed beforehand, and becomes the stock runtime by execve(2): what that
-prints, how it exits and how it is killed is its own. Most commands need next to nothing; a manager calls it several
-times for each container, so only `interceptor.oci.prepare`, for ``create`` and ``run``, imports more than the standard
-library's cheap parts.
+prints, how it exits and how it is killed is its own. A manager calls it several times for each container and waits, so
+nothing is imported at the top that takes time, and ``create`` and ``run`` leave the work to the daemon, which is warm:
+see `interceptor.oci.prepare`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import shutil
 import stat
 import sys
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
 
-from interceptor.client import request
 from interceptor.errors import InterceptorError
 from interceptor.oci.commandline import CommandLine, parse
+
+# As in typing.
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any, NoReturn
 
 DEFAULT_CONFIG = "/etc/interceptor/config.toml"
 RUNTIME_VARIABLE = "INTERCEPTOR_RUNTIME"
@@ -31,6 +31,7 @@ DEFAULT_ROOTS = {"crun": "/run/crun"}
 #: Seconds that the daemon may take for an answer while a manager waits.
 TIMEOUT = 30.0
 
+_CLONE_NEWNS = 0x20000
 _SIGTERM = ("15", "TERM", "SIGTERM")
 #: What systemd as process 1 takes for "power off" (systemd(1), "Signals"): SIGRTMIN+3.
 _SIGRTMIN_3 = "37"
@@ -48,6 +49,8 @@ class Local:
 
     def ask(self, message: dict[str, object]) -> Any:
         """The daemon's answer. Raises `InterceptorError`."""
+        from interceptor.client import request
+
         return request(self.control, message, TIMEOUT)
 
     def root(self, line: CommandLine) -> str:
@@ -76,19 +79,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _become(runtime: str, words: Sequence[str]) -> NoReturn:
-    found = shutil.which(runtime)
-    if found is None:
+    try:
+        os.execvp(runtime, [runtime, *words])
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         raise InterceptorError(
             f"the runtime {runtime!r} is not installed",
             f"set runtime in the configuration, or {RUNTIME_VARIABLE}",
-        )
-    os.execv(found, [found, *words])
+        ) from None
 
 
 def _complain(line: CommandLine, message: str) -> None:
     """As runtimes do: managers show what the log file says, people see standard error."""
     path = line.value("--log")
     if path is not None:
+        import json
+        import time
+
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         entry = json.dumps({"level": "error", "msg": message, "time": stamp})
         if line.value("--log-format") != "json":
@@ -126,11 +132,33 @@ def _pass_through(line: CommandLine, local: Local) -> list[str]:
 
 
 def _create(line: CommandLine, local: Local) -> list[str]:
+    """A mount namespace of this process's own, in which the daemon puts together what the runtime will find."""
     if line.container is None or {"-h", "--help"} & set(line.words):
         return line.words
-    from interceptor.oci.prepare import prepare
+    _unshare_mounts()
+    reply = local.ask(
+        {
+            "op": "prepare",
+            "id": line.container,
+            "pid": os.getpid(),
+            "runtime_root": local.root(line),
+            "bundle": os.path.abspath(line.value("--bundle", "-b") or "."),
+        }
+    )
+    give_pipes(int(reply["stdio_owner"]))
+    return line.words
 
-    return prepare(line, local)
+
+def _unshare_mounts() -> None:
+    if hasattr(os, "unshare"):  # Python 3.12
+        os.unshare(_CLONE_NEWNS)
+        return
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNS) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"unshare(CLONE_NEWNS): {os.strerror(code)}")
 
 
 def _delete(line: CommandLine, local: Local) -> list[str]:
@@ -142,14 +170,18 @@ def _delete(line: CommandLine, local: Local) -> list[str]:
 
 def release(local: Local, cid: str) -> None:
     """Tells the daemon that a container is gone. Without a daemon the next one finds out."""
-    with contextlib.suppress(InterceptorError):
+    try:
         local.ask({"op": "release", "id": cid})
+    except InterceptorError:
+        return
 
 
 def _known(line: CommandLine, local: Local) -> dict[str, Any]:
     """What ``create`` left about the container; nothing for one that it did not make."""
     try:
         with open(local.note(line.container or "")) as file:
+            import json
+
             found = json.load(file)
     except (OSError, ValueError):
         return {}
@@ -176,6 +208,8 @@ def _exec(line: CommandLine, local: Local) -> list[str]:
     path = line.value("--process", "-p")
     if not known or line.container is None:
         return line.words
+    import json
+
     process: dict[str, Any] = {}
     if path is not None:
         with open(path) as file:

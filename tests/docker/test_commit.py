@@ -29,7 +29,8 @@ EDITS = r"""
 set -eu
 cp /bin/true /usr/local/bin/capable; cp /bin/su /usr/local/bin/setuid; chmod 4755 /usr/local/bin/setuid
 perl -e '
-  my $v = pack("V5", 0x02000001, 1 << 13, 0, 0, 0); my $p = "/usr/local/bin/capable\0"; my $n = "security.capability\0";
+  my $v = pack("V5", 0x02000001, 1 << 13, 0, 0, 0);
+  my $p = "/usr/local/bin/capable\0"; my $n = "security.capability\0";
   syscall(188, $p, $n, $v, 20, 0) == 0 or die "setxattr: $!"'
 mkdir -p /srv/a /srv/b /srv/s; chmod 3777 /srv/s
 echo data > /srv/a/hard; ln /srv/a/hard /srv/b/hard; ln /srv/a/hard /srv/a/other
@@ -38,13 +39,16 @@ mkfifo -m 600 /srv/fifo; ln -s ../nowhere /srv/link; chown -h 1:2 /srv/link
 truncate -s 64M /srv/sparse; printf x | dd of=/srv/sparse bs=1 seek=32M conv=notrunc status=none
 printf name > "$(printf '/srv/not\377utf8')"
 touch -d '2001-02-03 04:05:06.123456789' /srv/a/hard
-mv /etc/issue /srv/moved; rm /etc/issue.net; rm -r /usr/share/doc/dash; mkdir /usr/share/doc/dash; touch /usr/share/doc/dash/new
+mv /etc/issue /srv/moved; rm /etc/issue.net; rm -r /usr/share/doc/dash
+mkdir /usr/share/doc/dash; touch /usr/share/doc/dash/new
 echo root:changed >> /etc/environment; sync
 """
 
 #: What a container sees of a tree: every property by path, in an order of its own.
 LOOK = r"""
-cd / && find etc srv usr/local usr/share/doc/dash -xdev -printf '%p|%y|%m|%U:%G|%n|%s|%Ts|%l\n' | grep -avE '^etc(/(hosts|hostname|resolv.conf|mtab))?\|' | sort
+cd /
+find etc srv usr/local usr/share/doc/dash -xdev -printf '%p|%y|%m|%U:%G|%n|%s|%Ts|%l\n' |
+  grep -avE '^etc(/(hosts|hostname|resolv.conf|mtab))?\|' | sort
 perl -e 'my $b = "\0" x 64; my ($p, $k) = ("/usr/local/bin/capable\0", "security.capability\0");
   my $r = syscall(191, $p, $k, $b, 64); print "capability ", $r < 0 ? "none" : unpack("H*", substr($b, 0, $r)), "\n"'
 stat -c '%n %i' /srv/a/hard /srv/b/hard /srv/a/other | awk '{print $2}' | uniq | wc -l
@@ -53,7 +57,8 @@ find srv -type f -exec md5sum {} +| sort
 
 #: Every ELF file: the kernel and the loader accept it. `ldd` would run what it looks at.
 SMOKE = r"""
-n=0; bad=0; loader=$(echo /lib64/ld-linux-x86-64.so.2 /lib/ld-linux-aarch64.so.1 | tr ' ' '\n' | while read f; do [ -e $f ] && echo $f; done | head -1)
+n=0; bad=0
+for loader in /lib64/ld-linux-x86-64.so.2 /lib/ld-linux-aarch64.so.1; do [ -e $loader ] && break; done
 for f in $(find /usr/bin /usr/sbin /usr/local/bin -type f -size +0); do
   [ "$(head -c 4 $f | od -An -tx1 | tr -d ' ')" = 7f454c46 ] || continue
   n=$((n+1)); $loader --verify $f; s=$?; [ $s = 0 ] || [ $s = 2 ] || { echo "BAD $f $s"; bad=$((bad+1)); }
@@ -95,7 +100,9 @@ def test_a_committed_image_is_what_the_container_saw(docker: Docker, edited: str
             count, bad = docker(*argv, SMOKE).split()[-2:]
             assert int(count) > 200
             assert bad == "0"
-    grown = int(docker("inspect", "-f", "{{.Size}}", COMMITTED)) - int(docker("inspect", "-f", "{{.Size}}", IMAGE))
+    grown = int(docker("inspect", "-f", "{{.Size}}", COMMITTED)) - int(
+        docker("inspect", "-f", "{{.Size}}", IMAGE)
+    )
     # The sparse file counts with its length; the tree has 240 MB.
     assert grown - (64 << 20) < 2 << 20
 
@@ -113,8 +120,12 @@ def test_diff_lists_just_the_changes(docker: Docker, edited: str) -> None:
     lines = docker("diff", edited).splitlines()
     changed = {line[2:] for line in lines}
     tops = {"/etc", "/srv", "/usr"}
-    assert all(path in tops or path.startswith(("/etc/", "/srv/", "/usr/local", "/usr/share")) for path in changed)
-    assert {"D /etc/issue", "D /etc/issue.net", "C /etc/environment", "A /srv/moved", "A /srv/a/hard"} <= set(lines)
+    assert all(
+        path in tops or path.startswith(("/etc/", "/srv/", "/usr/local", "/usr/share")) for path in changed
+    )
+    assert {"D /etc/issue", "D /etc/issue.net", "C /etc/environment", "A /srv/moved", "A /srv/a/hard"} <= set(
+        lines
+    )
 
 
 #: With the base image's layer 125, the most that Docker takes: it needs half a minute for them. More are mapped in
