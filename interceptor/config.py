@@ -100,7 +100,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def stage(self) -> str:
-        """Where a container's root filesystem and mounts are put together, in mount namespaces of `interceptor-runc`."""
+        """Where a container's root filesystem and binds are put together, in mount namespaces of the wrapper's."""
         return os.path.join(self.runtime_dir, "stage")
 
     @property

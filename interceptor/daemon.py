@@ -115,8 +115,6 @@ class Daemon:
             return {}
         if op == "prepare":
             return await self._prepared.prepare(request)
-        if op == "ownership":
-            return self._prepared.ownership(request)
         if op == "explain":
             return self._prepared.explain(_text(request, "id"))
         if op == "release":

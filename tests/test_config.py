@@ -34,6 +34,15 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         question_timeout = 2
         agent_timeout = 0.5
         registered_timeout = 5
+        runtime = "crun"
+        id_user = "me"
+        id_count = 100000
+        subuid = "/a"
+        subgid = "/b"
+        ownership_strategies = ["clone"]
+        honor_caps = true
+        privileged = "system"
+        apparmor = "keep"
         guard_mode = "real"
         """
     )
@@ -48,6 +57,15 @@ def test_every_key_can_be_set(tmp_path: Path) -> None:
         question_timeout=2.0,
         agent_timeout=0.5,
         registered_timeout=5.0,
+        runtime="crun",
+        id_user="me",
+        id_count=100000,
+        subuid="/a",
+        subgid="/b",
+        ownership_strategies=("clone",),
+        honor_caps=True,
+        privileged="system",
+        apparmor="keep",
     )
     assert loaded.control_socket == "/run/other/control.sock"
 

@@ -85,6 +85,7 @@ def test_commands_are_those_that_others_rely_on(installed: Path) -> None:
     assert dict(entry_points["console_scripts"]) == {
         "interceptor": "interceptor.cli:main",
         "interceptor-hook": "interceptor.oci.hook:main",
+        "interceptor-runc": "interceptor.oci.runtime:main",
     }
 
 

@@ -31,8 +31,8 @@ FILE_MAX = 600
 LAYERS = (
     ("errors",),
     ("client", "config", "kernel", "packets"),
-    ("observe",),
-    ("guards", "idshift", "mounts", "oci", "sockets", "view"),
+    ("observe", "idshift"),
+    ("guards", "mounts", "oci", "sockets", "view"),
     ("containers", "control", "notify", "spawn"),
     ("verdicts",),
     ("explain",),
@@ -47,10 +47,14 @@ NATIVE_USERS = {"kernel", "guards"}
 
 #: Data in, decision out: modules that make no system call and know nobody who does.
 PURE = {
-    "interceptor.mounts.explain",
-    "interceptor.mounts.policy",
-    "interceptor.mounts.lineage",
-    "interceptor.idshift.choose",
+    *("interceptor.mounts.explain", "interceptor.mounts.lineage", "interceptor.mounts.policy"),
+    *("interceptor.idshift.choose", "interceptor.idshift.overlay", "interceptor.idshift.subid"),
+    *(
+        "interceptor.oci.commandline",
+        "interceptor.oci.profile",
+        "interceptor.oci.rewrite",
+        "interceptor.oci.settings",
+    ),
 }
 IMPURE = {
     "os",

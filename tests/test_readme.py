@@ -41,6 +41,10 @@ MESSAGES = (
     ("interceptor/client.py", "no daemon listens there"),
     ("interceptor/client.py", "start it: systemctl start interceptor, or: interceptor serve"),
     ("interceptor/sockets.py", "another daemon listens there"),
+    ("interceptor/idshift/choose.py", "its owners cannot be mapped to the container's IDs"),
+    ("interceptor/idshift/subid.py", "no range of IDs for the user"),
+    ("interceptor/oci/rewrite.py", "privileged containers are refused"),
+    ("interceptor/containers/prepared.py", "not searchable for everybody, so containers cannot have their root"),
 )  # fmt: skip
 
 #: ``file.py:Class.method`` or ``native/file.c:function``.

@@ -9,8 +9,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class Daemon:
     log: Path
     command: str
     hook: str
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    """The daemon and its successors, the last one running."""
 
     @property
     def listener(self) -> Path:
@@ -68,8 +70,10 @@ class Daemon:
 
 
 @contextlib.contextmanager
-def serving(directory: Path) -> Iterator[Daemon]:
-    """Start the daemon of this Python's environment below ``directory`` and stop it at the end."""
+def serving(directory: Path, options: Mapping[str, object] | None = None) -> Iterator[Daemon]:
+    """Start the daemon of this Python's environment below ``directory`` and stop it at the end; ``options`` are more
+    keys of its configuration, or others than these here.
+    """
     directory.mkdir(parents=True)
     daemon = Daemon(
         directory,
@@ -78,15 +82,27 @@ def serving(directory: Path) -> Iterator[Daemon]:
         program("interceptor"),
         program("interceptor-hook"),
     )
-    daemon.config.write_text(
-        f'runtime_dir = "{directory}/run"\n'
-        f'state_dir = "{directory}/state"\n'
-        'log_format = "json"\n'
-        'log_level = "info"\n'
-        "# The umounts of each unit of the container, for the table.\n"
-        "account_units = true\n"
-    )
-    with NotifySocket(directory / "notify") as ready, open(daemon.log, "wb") as log:
+    keys: dict[str, object] = {
+        "runtime_dir": f"{directory}/run",
+        "state_dir": f"{directory}/state",
+        "log_format": "json",
+        "log_level": "info",
+        # The umounts of each unit of the container, for the table.
+        "account_units": True,
+        **(options or {}),
+    }
+    # What JSON writes for strings, numbers, truth and lists is TOML as well.
+    daemon.config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items()))
+    try:
+        start(daemon)
+        yield daemon
+    finally:
+        stop(daemon.processes[-1])
+
+
+def start(daemon: Daemon) -> None:
+    """Start the daemon, or a successor of one that has ended; return when it is ready."""
+    with NotifySocket(daemon.directory / "notify") as ready, open(daemon.log, "ab") as log:
         process = subprocess.Popen(
             # The daemon must not outlive a quickstart that was killed.
             ["setpriv", "--pdeathsig", "TERM", daemon.command, "serve", "--config", str(daemon.config)],
@@ -97,14 +113,11 @@ def serving(directory: Path) -> Iterator[Daemon]:
             cwd="/",
             start_new_session=True,
         )
+        daemon.processes.append(process)
         try:
-            try:
-                ready.wait_ready(process.pid, READY_SECONDS)
-            except NotReady as error:
-                raise DaemonError(f"{daemon.command} serve: {error}\n{daemon.log_tail()}") from error
-            yield daemon
-        finally:
-            stop(process)
+            ready.wait_ready(process.pid, READY_SECONDS)
+        except NotReady as error:
+            raise DaemonError(f"{daemon.command} serve: {error}\n{daemon.log_tail()}") from error
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

@@ -7,13 +7,25 @@ import sys
 
 import click
 
-from interceptor.cli.common import json_option, print_facts, print_table
+from interceptor.cli.common import config_option, json_option, print_facts, print_table
+
+#: Where container engines keep layers and volumes; those that are there are tried.
+STORAGES = ("/var/lib/docker", "/var/lib/containerd", "/var/lib/containers", "/var/lib")
 
 
 @click.command("doctor")
+@config_option
 @json_option
-def command(as_json: bool) -> None:
-    """Try each kernel feature that the daemon uses, and say what is missing and what that costs.
+@click.option(
+    "--storage",
+    metavar="DIRECTORY",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False),
+    help="Try ownership there, instead of where container engines keep their files. May be repeated.",
+)
+def command(config: str | None, as_json: bool, storage: tuple[str, ...]) -> None:
+    """Try each kernel feature that the daemon uses, and say what is missing and what that costs. Then try, on each
+    storage directory, how files can be given to a container's IDs, and say what a container there would get.
 
     Needs root, as the daemon does. Exit status 1 if something is missing that the daemon cannot do without.
     """
@@ -32,13 +44,40 @@ def command(as_json: bool) -> None:
             }
             for feature in probe()
         ]
+    ownership = _ownership(config, storage) if facts[0]["available"] else []
     missing = [fact for fact in facts if fact["needed"] and not fact["available"]]
     if as_json:
-        print_facts({"ok": not missing, "features": facts}, as_json, empty="")
+        print_facts({"ok": not missing, "features": facts, "ownership": ownership}, as_json, empty="")
     else:
         print_table(facts)
+        if ownership:
+            click.echo()
+            print_table(ownership)
         click.echo(_verdict([str(fact["feature"]) for fact in missing]))
     sys.exit(1 if missing else 0)
+
+
+def _ownership(config: str | None, storage: tuple[str, ...]) -> list[dict[str, object]]:
+    """A row for each probe on each storage directory, and one for what follows from them."""
+    from interceptor.config import load
+    from interceptor.idshift.overlay import mount_of, parse_mountinfo
+    from interceptor.idshift.probe import probe_storage, strategy
+
+    allowed = load(config).ownership_strategies
+    with open("/proc/self/mountinfo", errors="surrogateescape") as file:
+        mounts = parse_mountinfo(file.read())
+    rows: list[dict[str, object]] = []
+    for directory in storage or [path for path in STORAGES if os.path.isdir(path)]:
+        fstype = mount_of(os.path.realpath(directory), mounts).fstype
+        probes = probe_storage(directory, fstype)
+        for one in probes:
+            rows.append(_row(directory, fstype, one.name, "works" if one.works else "fails", one.reason))
+        rows.append(_row(directory, fstype, "a container gets", *strategy(probes, allowed)))
+    return rows
+
+
+def _row(storage: str, fstype: str, probe: str, result: str, reason: str) -> dict[str, object]:
+    return {"storage": storage, "filesystem": fstype, "probe": probe, "result": result, "reason": reason}
 
 
 def _root() -> dict[str, object]:

@@ -1,10 +1,11 @@
-"""The daemon's part in what `interceptor-runc` does: reserving before a container is created, releasing after its end."""
+"""The daemon's part in what `interceptor-runc` does: reserving before a container is created, releasing at its end."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import shutil
+import signal
 import stat
 import sys
 from pathlib import Path
@@ -17,9 +18,16 @@ from interceptor.config import Config
 from interceptor.containers.reserved import Holder, Reservation, Reservations, clean_up
 from interceptor.containers.spec import Bundle
 from interceptor.errors import ContainerError, ProtocolError
+from interceptor.kernel.process import start_time
 from interceptor.observe.log import get_logger
+from interceptor.oci import quick_hook
+from interceptor.oci.prepare import Job, Wanted, fork_child, read_answer, read_wanted
 from interceptor.oci.profile import WAIT_KILLABLE_RECV
+from interceptor.oci.rewrite import asks_for_user_namespace, kept_paths
 from interceptor.oci.state import ContainerId
+
+#: A child that takes longer hangs on the source of a bind. Runtimes' managers wait longer.
+CHILD_SECONDS = 20.0
 
 _T = TypeVar("_T")
 _Absolute = Annotated[str, Meta(pattern="^/")]
@@ -27,14 +35,9 @@ _Absolute = Annotated[str, Meta(pattern="^/")]
 
 class _Request(msgspec.Struct, frozen=True):
     id: ContainerId
+    pid: Annotated[int, Meta(ge=1)]
     runtime_root: _Absolute
-    holder: tuple[int, int]
     bundle: _Absolute
-    masked: list[str]
-    readonly: list[str]
-    root_readonly: bool
-    cgroup: _Absolute | None
-    map_ids: bool
 
 
 class _Decided(msgspec.Struct, frozen=True):
@@ -43,9 +46,9 @@ class _Decided(msgspec.Struct, frozen=True):
     reason: str
 
 
-class _Ownership(msgspec.Struct, frozen=True):
-    id: ContainerId
+class _Made(msgspec.Struct, frozen=True):
     root: _Absolute
+    stdio_owner: int
     decisions: list[_Decided]
     scratch: list[_Absolute]
 
@@ -68,52 +71,72 @@ class Preparations:
         os.makedirs(os.path.join(config.stage, "rootfs"), 0o755, exist_ok=True)
 
     async def prepare(self, request: dict[str, object]) -> dict[str, Any]:
-        """Reserves for a container that is about to be created; returns what the wrapper needs to know. Raises
-        `InterceptorError`."""
+        """Reserves for a container that is about to be created, and has everything put together in the mount namespace
+        of the process that asks. Raises `InterceptorError`."""
         asked = _convert(request, _Request)
-        config = self._config
-        _require_searchable(config.stage)
+        _require_searchable(self._config.stage)
         wait_killable = await self._wait_killable()
+        start = start_time(asked.pid)
+        if start is None or _same_namespace(asked.pid):
+            raise ProtocolError("prepare: for a process in a mount namespace of its own")
+        wanted = read_wanted(asked.bundle)
         self.reclaim()
-        wanted = Reservation(
+        made = self._reserve(asked, start, wanted)
+        try:
+            done = _convert(
+                read_answer(await _child(self._job(made, wanted, wait_killable), asked.pid)), _Made
+            )
+            self._reservations.amend(made.id, root=done.root, scratch=done.scratch)
+        except BaseException:
+            self.release(made.id)
+            raise
+        self._log.info("prepared", container=made.id, uids=made.uids, gids=made.gids)
+        self._tell(made.id, done.decisions)
+        return {"stdio_owner": done.stdio_owner}
+
+    def _reserve(self, asked: _Request, start: int, wanted: Wanted) -> Reservation:
+        masked, readonly = kept_paths(wanted.spec)
+        reservation = Reservation(
             id=asked.id,
             runtime_root=asked.runtime_root,
-            holder=Holder(*asked.holder),
+            holder=Holder(asked.pid, start),
             bundle=asked.bundle,
-            masked=asked.masked,
-            readonly=asked.readonly,
-            root_readonly=asked.root_readonly,
-            cgroup=asked.cgroup,
+            masked=masked,
+            readonly=readonly,
+            root_readonly=bool((wanted.spec.get("root") or {}).get("readonly")),
+            cgroup=wanted.cgroup,
         )
-        made = self._reservations.reserve(wanted, asked.map_ids)
-        self._log.info("prepared", container=made.id, uids=made.uids, gids=made.gids)
-        return {
-            "uids": made.uids,
-            "gids": made.gids,
-            "listener": config.seccomp_socket,
-            "hooks": _hooks(config.control_socket),
-            "stage": config.stage,
-            "wait_killable": wait_killable,
-            "config": {
+        return self._reservations.reserve(reservation, not asks_for_user_namespace(wanted.spec))
+
+    def _job(self, made: Reservation, wanted: Wanted, wait_killable: bool) -> Job:
+        config = self._config
+        return Job(
+            cid=made.id,
+            wanted=wanted,
+            uids=made.uids,
+            gids=made.gids,
+            stage=config.stage,
+            note=self._note(made.id),
+            listener=config.seccomp_socket,
+            hooks=_hooks(config.control_socket),
+            wait_killable=wait_killable,
+            config={
                 "honor_caps": config.honor_caps,
                 "privileged": config.privileged,
                 "apparmor": config.apparmor,
                 "ownership_strategies": config.ownership_strategies,
             },
-        }
+        )
 
-    def ownership(self, request: dict[str, object]) -> dict[str, Any]:
-        """The wrapper tells how a container's files were mapped. Raises `InterceptorError`."""
-        told = _convert(request, _Ownership)
-        self._reservations.amend(told.id, root=told.root, scratch=told.scratch)
-        self._ownership[told.id] = told.decisions
-        for one in told.decisions:
+    def _note(self, cid: str) -> str:
+        return os.path.join(self._config.runtime_dir, "wrapped", cid)
+
+    def _tell(self, cid: str, decisions: list[_Decided]) -> None:
+        self._ownership[cid] = decisions
+        for one in decisions:
             # Of exceptions that people asked for, or that nobody minds, `interceptor ownership` tells.
             if one.strategy == "none" and one.reason.startswith("idmapped:"):
-                self._log.warning(
-                    "owners are not mapped", container=told.id, path=one.path, reason=one.reason
-                )
-        return {}
+                self._log.warning("owners are not mapped", container=cid, path=one.path, reason=one.reason)
 
     def explain(self, cid: str) -> list[dict[str, object]]:
         """How each of a container's mounts was mapped, and why. Raises `ContainerError`."""
@@ -148,18 +171,25 @@ class Preparations:
             return
         self._ownership.pop(gone.id, None)
         clean_up(gone)
-        Path(self._config.runtime_dir, "wrapped", gone.id).unlink(missing_ok=True)
+        Path(self._note(gone.id)).unlink(missing_ok=True)
 
     async def _wait_killable(self) -> bool:
         """Whether the runtime says that it knows the flag (``features``, OCI runtime specification 1.1)."""
-        path = shutil.which(self._config.runtime)
-        if path is None:
+        key = _identity(self._config.runtime)
+        if key is None:
             return False
-        status = os.stat(path)
-        key = (os.path.realpath(path), status.st_mtime_ns, status.st_size)
         if key not in self._features:
-            self._features[key] = await _has_wait_killable(path)
+            self._features[key] = await _has_wait_killable(key[0])
         return self._features[key]
+
+
+def _identity(program: str) -> tuple[str, int, int] | None:
+    """Path, time of change and size of a program; None where it is not installed."""
+    path = shutil.which(program)
+    if path is None:
+        return None
+    status = os.stat(path)
+    return os.path.realpath(path), status.st_mtime_ns, status.st_size
 
 
 async def _has_wait_killable(path: str) -> bool:
@@ -178,17 +208,62 @@ async def _has_wait_killable(path: str) -> bool:
             process.kill()
 
 
+async def _child(job: Job, pid: int) -> bytes:
+    """What the child says, up to its end; killed if whoever waits for it leaves, or after `CHILD_SECONDS`."""
+    answer, child = fork_child(job, pid)
+    loop = asyncio.get_running_loop()
+    said = bytearray()
+    ended = loop.create_future()
+
+    def readable() -> None:
+        chunk = os.read(answer.fileno(), 1 << 16)
+        said.extend(chunk)
+        if not chunk and not ended.done():
+            ended.set_result(None)
+
+    loop.add_reader(answer.fileno(), readable)
+    try:
+        await asyncio.wait_for(ended, CHILD_SECONDS)
+    except TimeoutError:
+        raise ContainerError(
+            f"its mounts were not put together within {CHILD_SECONDS:g} s", "does the source of a bind hang?"
+        ) from None
+    finally:
+        loop.remove_reader(answer.fileno())
+        answer.close()
+        os.kill(child, signal.SIGKILL)
+        _reap(loop, child)
+    return bytes(said)
+
+
+def _reap(loop: asyncio.AbstractEventLoop, child: int) -> None:
+    """Waits for a child, in the background: one that is stuck in the kernel ends when it gets out."""
+    pidfd = os.pidfd_open(child)
+
+    def ended() -> None:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
+        os.waitpid(child, 0)
+
+    loop.add_reader(pidfd, ended)
+
+
+def _same_namespace(pid: int) -> bool:
+    """Whether a process shares its mount namespace with its parent or with us: then nothing may be mounted in it."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            parent = file.read().rpartition(")")[2].split()[1]
+        own, *others = (os.stat(f"/proc/{one}/ns/mnt").st_ino for one in (str(pid), "self", parent))
+    except FileNotFoundError:
+        return True
+    return own in others
+
+
 def _hooks(control: str) -> dict[str, list[str]]:
     """Command lines of the hooks of a container made by the wrapper."""
-    path = os.path.join(os.path.dirname(sys.executable), "interceptor-hook")
-    if not os.path.exists(path):
-        path = shutil.which("interceptor-hook") or path
-    common = [path, "--socket", control]
-    # A container has to be deletable while no daemon is there; the next one finds what is to be released.
-    return {
-        "createRuntime": [*common, "createRuntime"],
-        "poststop": [*common, "--daemon-may-be-away", "poststop"],
-    }
+    # -I -S: nothing of the environment's or of a site's is looked for, which would take most of the time.
+    common = [sys.executable, "-I", "-S", quick_hook.__file__, control]
+    return {"createRuntime": [*common, "create"], "poststop": [*common, "poststop"]}
 
 
 def _require_searchable(path: str) -> None:
@@ -204,7 +279,7 @@ def _require_searchable(path: str) -> None:
         path = os.path.dirname(path)
 
 
-def _convert(request: dict[str, object], kind: type[_T]) -> _T:
+def _convert(request: dict[str, Any], kind: type[_T]) -> _T:
     try:
         return msgspec.convert(request, kind)
     except msgspec.ValidationError as error:

@@ -1,9 +1,9 @@
 """Two overlays over the same layers, each told when the other has changed something.
 
-The manager's own overlay stays mounted where it was: `docker cp`, `docker export` and `docker exec --user` go there. The
-container writes through the mapped one. Contents are the same files, but each overlay remembers names and which layer
-they came from. So what the kernel remembers of one is dropped after the other was worked with: shrink_dcache_sb(), which
-a reconfiguration that changes nothing calls (reconfigure_super() of fs/super.c).
+The manager's own overlay stays mounted where it was: `docker cp`, `docker export` and `docker exec --user` go there.
+The container writes through the mapped one. Contents are the same files, but each overlay remembers names and which
+layer they came from. So what the kernel remembers of one is dropped after the other was worked with:
+shrink_dcache_sb(), which a reconfiguration that changes nothing calls (reconfigure_super() of fs/super.c).
 
 * The container's changes are heard on the filesystem that has the upper directory (overlays have no such events). What
   the manager's overlay remembers is dropped at the first, and then at most once in `PAUSE` while there are more.

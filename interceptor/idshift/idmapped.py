@@ -1,9 +1,9 @@
 """ID-mapped mounts: of a plain tree, and of an overlay through its layers (mount_setattr(2), "ID-mapped mounts").
 
 On disk everything stays as it is, owned by 0 and up; through the mount it belongs to the container's IDs, both ways.
-An overlay cannot be mapped itself, so a second one is made over the same layers, each of them mapped. It is mounted with
-the filesystem IDs of the container's root: those of the mounter are what the overlay writes with, and the host's root
-is not in the map.
+An overlay cannot be mapped itself, so a second one is made over the same layers, each of them mapped. It is mounted
+with the filesystem IDs of the container's root: those of the mounter are what the overlay writes with, and the host's
+root is not in the map.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ class Mapper:
         return tree
 
     def overlay(self, layers: Layers, work: str) -> OwnedFd:
-        """A detached overlay over the same layers, mapped. ``work``: the name of its work directory, which is made beside
-        the upper one; overlays that are mounted at the same time must not share it."""
+        """A detached overlay over the same layers, mapped. ``work``: the name of its work directory, which is made
+        beside the upper one; overlays that are mounted at the same time must not share it."""
         self._overlays += 1
         stage = f"{self._stage}/o{self._overlays}"
         os.mkdir(stage, 0o755)

@@ -1,4 +1,4 @@
-"""The layers of an overlay, from what ``/proc/self/mountinfo`` says of it. Pure, but for the test whether a path exists.
+"""The layers of an overlay, from what ``/proc/self/mountinfo`` says of it. Pure: whether a path exists is asked for.
 
 Sources: proc_pid_mountinfo(5); Documentation/filesystems/overlayfs.rst; seq_show_option() and ovl_show_options() of the
 kernel for what is escaped.

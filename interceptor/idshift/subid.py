@@ -44,7 +44,7 @@ def parse(text: str, users: Iterable[str]) -> list[Block]:
         if not (fields[1].isdecimal() and fields[2].isdecimal()):
             continue
         block = Block(int(fields[1]), int(fields[2]))
-        if 0 < block.first and block.size > 0 and block.end - 1 <= ID_MAX:
+        if block.first > 0 and block.size > 0 and block.end - 1 <= ID_MAX:
             found.append(block)
     return found
 

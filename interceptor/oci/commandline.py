@@ -5,8 +5,11 @@ Source: ``runc --help`` and ``crun --help``; both take global options, a command
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+# As in typing and collections.abc, which take longer to import than this takes to run.
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 #: Options whose value is the next word, before the command and after it. All others are taken for flags, or have their
 #: value behind an equals sign.
@@ -23,19 +26,19 @@ COMMAND_VALUES["run"] = COMMAND_VALUES["create"]
 OUR_CONFIG = "--interceptor-config"
 
 
-@dataclass
 class CommandLine:
-    """The words, and where in them the parts stand."""
+    """The words, and where in them the parts stand.
 
-    words: list[str]
-    """Without our own option."""
-    config: str | None = None
-    """Value of `OUR_CONFIG`."""
-    command_at: int | None = None
-    options: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """Position of the word that has the value, and the value, by option."""
-    arguments: list[tuple[int, str]] = field(default_factory=list)
-    """What follows the command and is no option, with positions."""
+    ``words`` are without our own option, whose value is ``config``. ``options`` has the position of the word with the
+    value, and the value, by option; ``arguments`` what follows the command and is no option, with positions.
+    """
+
+    def __init__(self) -> None:
+        self.words: list[str] = []
+        self.config: str | None = None
+        self.command_at: int | None = None
+        self.options: dict[str, tuple[int, str]] = {}
+        self.arguments: list[tuple[int, str]] = []
 
     @property
     def command(self) -> str | None:
@@ -61,7 +64,7 @@ class CommandLine:
 
 def parse(words: Sequence[str]) -> CommandLine:
     """Takes ``words`` (without the program's name) apart; never fails."""
-    line = CommandLine([])
+    line = CommandLine()
     queue = list(words)
     values = GLOBAL_VALUES
     plain = False

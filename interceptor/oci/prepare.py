@@ -1,7 +1,9 @@
-"""``create`` and ``run``: a private copy of the configuration, and mounts that only this container is made from.
+"""What ``create`` and ``run`` find: a private copy of the configuration, and mounts that only this container is made
+from.
 
-Everything is mounted in a mount namespace of the calling process's own, which the stock runtime then takes over by
-execve(2) and the container's copy of it outlives. Whoever is killed in between, nothing stays mounted.
+Everything is mounted in a mount namespace of the wrapper's own, which the stock runtime takes over by execve(2) and the
+container's copy of it outlives. Whoever is killed in between, nothing stays mounted. `in_child` does it, in a child of
+the daemon: that has all of this loaded, and a source that hangs keeps nobody waiting but the one who wants it.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,63 +24,99 @@ from interceptor.idshift.subid import Block
 from interceptor.kernel import mount
 from interceptor.kernel.fd import OwnedFd
 from interceptor.kernel.flags import CLONE_NEWNS, MountFlag
-from interceptor.kernel.namespaces import unshare
-from interceptor.kernel.process import start_time
+from interceptor.kernel.namespaces import open_namespace, setns
+from interceptor.kernel.process import close_range
 from interceptor.oci import rewrite as pure
 from interceptor.oci.capabilities import CAPABILITIES
-from interceptor.oci.commandline import CommandLine
-from interceptor.oci.runtime import Local, release
 from interceptor.oci.settings import Settings, read_settings
 
 #: Beside the manager's own work directory.
 WORK = "interceptor-work"
 
 
-@dataclass
-class Job:
-    """One container on its way to the runtime."""
+@dataclass(frozen=True)
+class Wanted:
+    """What a bundle asks for."""
 
-    local: Local
-    cid: str
     bundle: str
     spec: dict[str, Any]
     settings: Settings
     root: str
     """The manager's root filesystem."""
-    answer: dict[str, Any]
-    """The daemon's, to ``prepare``."""
+    cgroup: str | None
+    """The container's cgroup v2 directory, where it has to be made for it."""
 
 
-def prepare(line: CommandLine, local: Local) -> list[str]:
-    """Reserves, mounts, rewrites; returns the words for the stock runtime. Raises `InterceptorError`, `OSError`."""
-    cid = line.container
-    assert cid is not None
-    bundle = os.path.abspath(line.value("--bundle", "-b") or ".")
-    spec = _read(f"{bundle}/config.json")
+@dataclass(frozen=True)
+class Job:
+    """One container on its way to the runtime."""
+
+    cid: str
+    wanted: Wanted
+    uids: Block | None
+    """None: the manager has mapped the container itself."""
+    gids: Block | None
+    stage: str
+    note: str
+    """A file to leave for later commands."""
+    listener: str
+    hooks: Mapping[str, list[str]]
+    wait_killable: bool
+    config: Mapping[str, Any]
+
+
+def read_wanted(bundle: str) -> Wanted:
+    """What ``bundle`` asks for. Raises `ContainerError`."""
+    try:
+        spec = _read(f"{bundle}/config.json")
+    except OSError as error:
+        raise ContainerError(f"{bundle}/config.json: {error.strerror}") from None
     settings = read_settings(spec.get("annotations"), (spec.get("process") or {}).get("env"))
     root = os.path.realpath(os.path.join(bundle, (spec.get("root") or {}).get("path") or "rootfs"))
-    cgroup = _cgroup2(spec)
-    masked, readonly = pure.kept_paths(spec)
-    answer = local.ask(
-        {
-            "op": "prepare",
-            "id": cid,
-            "runtime_root": local.root(line),
-            "holder": [os.getpid(), start_time(os.getpid())],
-            "bundle": bundle,
-            "masked": masked,
-            "readonly": readonly,
-            "root_readonly": bool((spec.get("root") or {}).get("readonly")),
-            "cgroup": cgroup,
-            "map_ids": not pure.asks_for_user_namespace(spec),
-        }
-    )
+    return Wanted(bundle, spec, settings, root, _cgroup2(spec))
+
+
+def fork_child(job: Job, pid: int) -> tuple[OwnedFd, int]:
+    """Starts a child that puts everything together in the mount namespace of the process ``pid``; returns a descriptor
+    with what `read_answer` understands, up to its end, and the child. Raises `OSError`."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    with open_namespace(pid, "mnt") as namespace:
+        child = os.fork()
+        if child == 0:
+            _in_child(job, namespace.fileno(), write)
+    os.close(write)
+    return OwnedFd(read), child
+
+
+def read_answer(data: bytes) -> dict[str, Any]:
+    """What the child said. Raises `ContainerError` with its words where it failed."""
     try:
-        _build(Job(local, cid, bundle, spec, settings, root, answer), cgroup)
-    except BaseException:
-        release(local, cid)
-        raise
-    return line.words
+        answer = json.loads(data)
+    except ValueError:
+        raise ContainerError("what prepares containers ended without a word") from None
+    if "error" in answer:
+        raise ContainerError(answer["error"], answer["hint"])
+    found = answer["result"]
+    assert isinstance(found, dict)
+    return found
+
+
+def _in_child(job: Job, namespace: int, write: int) -> None:
+    """Never returns."""
+    answer: dict[str, Any] = {"error": "internal error", "hint": "report it"}
+    try:
+        # Of what the daemon holds nothing is to be held here, should this hang: listeners, pidfds, overlays.
+        low, high = sorted((namespace, write))
+        for first, last in ((3, low - 1), (low + 1, high - 1), (high + 1, 0xFFFFFFFF)):
+            if first <= last:
+                close_range(first, last)
+        setns(namespace, CLONE_NEWNS)
+        answer = {"result": build(job)}
+    except (InterceptorError, OSError) as error:
+        answer = {"error": str(error), "hint": getattr(error, "hint", None)}
+    finally:
+        os.write(write, json.dumps(answer).encode())
+        os._exit(0)
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -101,44 +140,47 @@ def _cgroup2(spec: dict[str, Any]) -> str | None:
     return unified + os.path.normpath(path)
 
 
-def _build(job: Job, cgroup: str | None) -> None:
+def build(job: Job) -> dict[str, Any]:
+    """Rewrites, maps, mounts; returns where the root filesystem is, what was decided, and what is to be cleaned up.
+    Raises `InterceptorError`, `OSError`."""
+    wanted = job.wanted
     uids, gids = _ids(job)
-    config = job.answer["config"]
     host = pure.Host(
         uids=pure.IdRange(*uids),
         gids=pure.IdRange(*gids),
-        listener=job.answer["listener"],
-        hooks=job.answer["hooks"],
+        listener=job.listener,
+        hooks=job.hooks,
         capabilities=_bounding_set(),
-        cgroup2=cgroup,
-        wait_killable=job.answer["wait_killable"],
-        honor_caps=config["honor_caps"],
-        privileged=config["privileged"],
-        apparmor=config["apparmor"],
+        cgroup2=wanted.cgroup,
+        wait_killable=job.wait_killable,
+        honor_caps=job.config["honor_caps"],
+        privileged=job.config["privileged"],
+        apparmor=job.config["apparmor"],
     )
-    new = pure.rewrite(job.spec, job.settings, host)
-    if cgroup is not None:
-        _delegate(cgroup, uids.first, gids.first)
-    _private_mounts(job.answer["stage"])
+    new = pure.rewrite(wanted.spec, wanted.settings, host)
+    if wanted.cgroup is not None:
+        _delegate(wanted.cgroup, uids.first, gids.first)
+    _private_mounts(job.stage)
     mapped: dict[str, Any] = {"decisions": [], "scratch": []}
-    if job.answer["uids"] is not None:
+    if job.uids is not None:
         mapped = _map(job, new, uids, gids)
     else:
-        new.setdefault("root", {})["path"] = job.root
-    job.local.ask({"op": "ownership", "id": job.cid, "root": new["root"]["path"], **mapped})
-    _leave_note(job, new, host)
-    place = f"{job.answer['stage']}/config.json"
+        new.setdefault("root", {})["path"] = wanted.root
+    _leave_note(job, host)
+    place = f"{job.stage}/config.json"
     with open(place, "w") as file:
         json.dump(new, file)
     # The manager's own file stays as it is: this one lies on top in this mount namespace alone.
-    mount.mount(place, f"{job.bundle}/config.json", None, MountFlag.MS_BIND)
+    mount.mount(place, f"{wanted.bundle}/config.json", None, MountFlag.MS_BIND)
+    owner = int((new["process"].get("user") or {}).get("uid") or 0)
+    return {"root": new["root"]["path"], "stdio_owner": uids.first + owner, **mapped}
 
 
 def _ids(job: Job) -> tuple[Block, Block]:
-    if job.answer["uids"] is not None:
-        return Block(*job.answer["uids"]), Block(*job.answer["gids"])
+    if job.uids is not None and job.gids is not None:
+        return job.uids, job.gids
     # Ranges of the manager's choice: only the first IDs matter here.
-    linux = job.spec.get("linux") or {}
+    linux = job.wanted.spec.get("linux") or {}
     found = []
     for table in ("uidMappings", "gidMappings"):
         rows = [row for row in linux.get(table) or [] if row.get("containerID") == 0]
@@ -162,7 +204,6 @@ def _delegate(cgroup: str, uid: int, gid: int) -> None:
 
 
 def _private_mounts(stage: str) -> None:
-    unshare(CLONE_NEWNS)
     # What the host mounts and unmounts goes on to arrive here; nothing goes out.
     mount.mount(b"none", b"/", None, MountFlag.MS_REC | MountFlag.MS_SLAVE)
     # Searchable: the container's root has to find its root filesystem here.
@@ -171,16 +212,18 @@ def _private_mounts(stage: str) -> None:
         os.mkdir(f"{stage}/{name}", 0o755)
 
 
-def _leave_note(job: Job, new: dict[str, Any], host: pure.Host) -> None:
-    honor = host.honor_caps if job.settings.honor_caps is None else job.settings.honor_caps
+def _leave_note(job: Job, host: pure.Host) -> None:
+    settings = job.wanted.settings
+    honor = host.honor_caps if settings.honor_caps is None else settings.honor_caps
     note = {
-        "systemd": pure.is_systemd(job.spec, job.settings),
+        "first_uid": host.uids.first,
+        "systemd": pure.is_systemd(job.wanted.spec, settings),
         "honor_caps": honor,
         "capabilities": list(host.capabilities),
         "apparmor": host.apparmor,
     }
-    os.makedirs(os.path.dirname(job.local.note(job.cid)), 0o700, exist_ok=True)
-    with open(job.local.note(job.cid), "w") as file:
+    os.makedirs(os.path.dirname(job.note), 0o700, exist_ok=True)
+    with open(job.note, "w") as file:
         json.dump(note, file)
 
 
@@ -189,7 +232,7 @@ def _leave_note(job: Job, new: dict[str, Any], host: pure.Host) -> None:
 
 def _map(job: Job, new: dict[str, Any], uids: Block, gids: Block) -> dict[str, Any]:
     """Maps the root filesystem and the binds; returns what was decided for each, and what is to be cleaned up."""
-    stage = job.answer["stage"]
+    stage = job.stage
     with user_namespace(uids, gids) as namespace:
         mapping = _Mapping(job, Mapper(namespace, uids, gids, f"{stage}/layers"))
         decisions = [{"path": "/", **mapping.root(new)}]
@@ -236,18 +279,19 @@ class _Mapping:
             self._mounts = parse_mountinfo(file.read())
         self._job = job
         self._mapper = mapper
-        self._allowed = job.answer["config"]["ownership_strategies"]
+        self._allowed = job.config["ownership_strategies"]
+        self._ownership = job.wanted.settings.ownership
         self._overlays: dict[int, str] = {}
         self.scratch: list[str] = []
 
     def root(self, new: dict[str, Any]) -> dict[str, str]:
         """Puts the root filesystem at the stage's ``rootfs`` and has ``new`` name that."""
         job = self._job
-        place = f"{job.answer['stage']}/rootfs"
-        found, tree = self._try(self._find(job.root, "/", root=True), WORK, recursive=True)
-        decision = choose(found, self._allowed, job.settings.ownership)
+        place = f"{job.stage}/rootfs"
+        found, tree = self._try(self._find(job.wanted.root, "/", root=True), WORK, recursive=True)
+        decision = choose(found, self._allowed, self._ownership)
         if tree is None:
-            mount.mount(job.root, place, None, MountFlag.MS_BIND | MountFlag.MS_REC)
+            mount.mount(job.wanted.root, place, None, MountFlag.MS_BIND | MountFlag.MS_REC)
         else:
             with tree:
                 mount.attach(tree, mount.AT_FDCWD, place)
@@ -256,7 +300,7 @@ class _Mapping:
 
     def bind(self, entry: dict[str, Any], place: str) -> dict[str, str]:
         """Puts a mapped clone of a bind's source at ``place``, if that can be, and has ``entry`` name that."""
-        source = os.path.realpath(os.path.join(self._job.bundle, entry.get("source") or ""))
+        source = os.path.realpath(os.path.join(self._job.wanted.bundle, entry.get("source") or ""))
         recursive = "rbind" in (entry.get("options") or [])
         work = f"{WORK}-{self._job.cid}"
         found, tree = self._try(self._find(source, entry["destination"]), work, recursive)
@@ -274,7 +318,7 @@ class _Mapping:
 
     def _find(self, path: str, destination: str, root: bool = False) -> Found:
         status = os.stat(path)
-        skip = self._job.settings.skip_id_shift
+        skip = self._job.wanted.settings.skip_id_shift
         plain = stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)
         return Found(
             path=path,
@@ -287,9 +331,9 @@ class _Mapping:
 
     def _try(self, found: Found, work: str, recursive: bool) -> tuple[Found, OwnedFd | None]:
         """The mapped tree, or in what is known why there is none."""
-        if needs_mapping(found, self._job.settings.ownership) or "idmapped" not in self._allowed:
+        if needs_mapping(found, self._ownership) or "idmapped" not in self._allowed:
             return found, None
-        if found.root and self._job.settings.ownership not in ("auto", "idmapped"):
+        if found.root and self._ownership not in ("auto", "idmapped"):
             return found, None
         try:
             line = mount_of(found.path, self._mounts)
@@ -301,7 +345,7 @@ class _Mapping:
 
     def _leave(self, path: str, name: str) -> None:
         """For the daemon: see `interceptor.idshift.coherence`."""
-        place = f"{self._job.answer['stage']}/{name}"
+        place = f"{self._job.stage}/{name}"
         os.mkdir(place, 0o700)
         with mount.clone_mount(mount.AT_FDCWD, path) as tree:
             mount.attach(tree, mount.AT_FDCWD, place)
@@ -316,7 +360,7 @@ class _Mapping:
             return tree
         place = self._overlays.get(line.mnt_id)
         if place is None:
-            place = f"{self._job.answer['stage']}/layers/m{line.mnt_id}"
+            place = f"{self._job.stage}/layers/m{line.mnt_id}"
             os.mkdir(place, 0o755)
             with self._mapper.overlay(layers, work) as tree:
                 mount.attach(tree, mount.AT_FDCWD, place)

@@ -25,8 +25,8 @@ MOUNT_FAMILY = (
     *("fsconfig", "fspick", "mount_setattr", "open_tree_attr", "pivot_root", "statmount", "listmount"),
 )
 
-#: What the capabilities of a system container let it do in its own namespaces, and what engines inside it need. Docker's
-#: default profile has the same calls under CAP_SYS_ADMIN and so on; keyrings belong to a user namespace since Linux 5.2.
+#: What the capabilities of a system container let it do in its own namespaces, and what engines inside it need.
+#: Docker's default profile has the same calls under CAP_SYS_ADMIN and so on; keyrings belong to a user namespace (5.2).
 SYSTEM_CALLS = (
     *("clone", "clone3", "setns", "unshare", "sethostname", "setdomainname"),  # CAP_SYS_ADMIN
     *("bpf", "perf_event_open", "fanotify_init", "quotactl", "quotactl_fd"),
@@ -64,10 +64,7 @@ def merge(
     would overlap, which libseccomp leaves undefined: so these calls are trapped for all arguments. The guard lets the
     kernel run what it does not care for. Raises `ContainerError` for a profile with a listener of its own.
     """
-    if not profile:
-        merged = oci_fragment(listener)
-    else:
-        merged = _merged(profile, listener, system)
+    merged: Json = _merged(profile, listener, system) if profile else oci_fragment(listener)
     if wait_killable:
         flags = [flag for flag in merged.get("flags") or [] if flag != WAIT_KILLABLE_RECV]
         merged["flags"] = [*flags, WAIT_KILLABLE_RECV]

@@ -77,7 +77,7 @@ def is_privileged(spec: Json) -> bool:
     capabilities = ((spec.get("process") or {}).get("capabilities") or {}).get("bounding") or []
     rules = (linux.get("resources") or {}).get("devices") or []
     every = any(r.get("allow") and r.get("type") in (None, "", "a") and r.get("major") is None for r in rules)
-    return _FULL <= set(capabilities) and every
+    return set(capabilities) >= _FULL and every
 
 
 def is_systemd(spec: Json, settings: Settings) -> bool:
@@ -240,8 +240,8 @@ def _for_systemd(mounts: Sequence[Json], taken: set[str]) -> list[Json]:
 
 
 def _propagation(spec: Json) -> None:
-    """Mounts of a container in a user namespace of its own never propagate to the host (mount_namespaces(7), "Restrictions
-    on mount namespaces"): what managers want shared can be a slave at most."""
+    """Mounts of a container in a user namespace of its own never propagate to the host (mount_namespaces(7),
+    "Restrictions on mount namespaces"): what managers want shared can be a slave at most."""
     slave = {"shared": "slave", "rshared": "rslave"}
     linux = spec["linux"]
     if linux.get("rootfsPropagation") in slave:

@@ -1,24 +1,26 @@
 """``interceptor-runc``: an OCI runtime that makes guarded system containers by means of a stock one.
 
 It looks at its command line, does what is needed beforehand, and becomes the stock runtime by execve(2): what that
-prints, how it exits and how it is killed is its own. Most commands need next to nothing; a manager calls it several
-times for each container, so only `interceptor.oci.prepare`, for ``create`` and ``run``, imports more than the standard
-library's cheap parts.
+prints, how it exits and how it is killed is its own. A manager calls it several times for each container and waits, so
+nothing is imported at the top that takes time, and ``create`` and ``run`` leave the work to the daemon, which is warm:
+see `interceptor.oci.prepare`.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
+import stat
 import sys
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
 
-from interceptor.client import request
 from interceptor.errors import InterceptorError
 from interceptor.oci.commandline import CommandLine, parse
+
+# As in typing.
+TYPE_CHECKING = False
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any, NoReturn
 
 DEFAULT_CONFIG = "/etc/interceptor/config.toml"
 RUNTIME_VARIABLE = "INTERCEPTOR_RUNTIME"
@@ -29,6 +31,7 @@ DEFAULT_ROOTS = {"crun": "/run/crun"}
 #: Seconds that the daemon may take for an answer while a manager waits.
 TIMEOUT = 30.0
 
+_CLONE_NEWNS = 0x20000
 _SIGTERM = ("15", "TERM", "SIGTERM")
 #: What systemd as process 1 takes for "power off" (systemd(1), "Signals"): SIGRTMIN+3.
 _SIGRTMIN_3 = "37"
@@ -46,6 +49,8 @@ class Local:
 
     def ask(self, message: dict[str, object]) -> Any:
         """The daemon's answer. Raises `InterceptorError`."""
+        from interceptor.client import request
+
         return request(self.control, message, TIMEOUT)
 
     def root(self, line: CommandLine) -> str:
@@ -74,19 +79,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _become(runtime: str, words: Sequence[str]) -> NoReturn:
-    found = shutil.which(runtime)
-    if found is None:
+    try:
+        os.execvp(runtime, [runtime, *words])
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         raise InterceptorError(
             f"the runtime {runtime!r} is not installed",
             f"set runtime in the configuration, or {RUNTIME_VARIABLE}",
-        )
-    os.execv(found, [found, *words])
+        ) from None
 
 
 def _complain(line: CommandLine, message: str) -> None:
     """As runtimes do: managers show what the log file says, people see standard error."""
     path = line.value("--log")
     if path is not None:
+        import json
+        import time
+
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         entry = json.dumps({"level": "error", "msg": message, "time": stamp})
         if line.value("--log-format") != "json":
@@ -124,11 +132,33 @@ def _pass_through(line: CommandLine, local: Local) -> list[str]:
 
 
 def _create(line: CommandLine, local: Local) -> list[str]:
+    """A mount namespace of this process's own, in which the daemon puts together what the runtime will find."""
     if line.container is None or {"-h", "--help"} & set(line.words):
         return line.words
-    from interceptor.oci.prepare import prepare
+    _unshare_mounts()
+    reply = local.ask(
+        {
+            "op": "prepare",
+            "id": line.container,
+            "pid": os.getpid(),
+            "runtime_root": local.root(line),
+            "bundle": os.path.abspath(line.value("--bundle", "-b") or "."),
+        }
+    )
+    give_pipes(int(reply["stdio_owner"]))
+    return line.words
 
-    return prepare(line, local)
+
+def _unshare_mounts() -> None:
+    if hasattr(os, "unshare"):  # Python 3.12
+        os.unshare(_CLONE_NEWNS)
+        return
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNS) < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"unshare(CLONE_NEWNS): {os.strerror(code)}")
 
 
 def _delete(line: CommandLine, local: Local) -> list[str]:
@@ -143,13 +173,15 @@ def release(local: Local, cid: str) -> None:
     try:
         local.ask({"op": "release", "id": cid})
     except InterceptorError:
-        pass
+        return
 
 
 def _known(line: CommandLine, local: Local) -> dict[str, Any]:
     """What ``create`` left about the container; nothing for one that it did not make."""
     try:
         with open(local.note(line.container or "")) as file:
+            import json
+
             found = json.load(file)
     except (OSError, ValueError):
         return {}
@@ -174,21 +206,37 @@ def _exec(line: CommandLine, local: Local) -> list[str]:
     """Processes that a manager adds get the capabilities that the first one got."""
     known = _known(line, local)
     path = line.value("--process", "-p")
-    if not known or known["honor_caps"] or line.container is None:
+    if not known or line.container is None:
         return line.words
-    from interceptor.oci.rewrite import rewrite_process
+    import json
 
-    def rewritten(process: dict[str, Any]) -> dict[str, Any]:
-        return rewrite_process(process, False, known["capabilities"], known["apparmor"])
-
+    process: dict[str, Any] = {}
+    if path is not None:
+        with open(path) as file:
+            process = json.load(file)
+    give_pipes(known["first_uid"] + int((process.get("user") or {}).get("uid") or 0))
+    if known["honor_caps"]:
+        return line.words
     if path is None:
         at = next(i for i, word in line.arguments if word == line.container)
         extra = [f"--cap={name}" for name in known["capabilities"]]
         return [*line.words[:at], *extra, *line.words[at:]]
-    with open(path) as file:
-        process = rewritten(json.load(file))
+    from interceptor.oci.rewrite import rewrite_process
+
+    process = rewrite_process(process, False, known["capabilities"], known["apparmor"])
     name = "--process" if line.value("--process") is not None else "-p"
     return line.replaced(name, private_file(json.dumps(process)))
+
+
+def give_pipes(owner: int) -> None:
+    """Gives the pipes of standard input and output to the process that will have them: it may open them again, as
+    ``/dev/stdout``. A runtime, which does so in the container's user namespace, may not give away what is root's."""
+    for fd in (0, 1, 2):
+        try:
+            if stat.S_ISFIFO(os.fstat(fd).st_mode):
+                os.fchown(fd, owner, -1)
+        except OSError:
+            continue
 
 
 def private_file(text: str) -> str:

@@ -1,7 +1,7 @@
 """What one container asks for itself: OCI annotations ``io.interceptor.*`` and ``INTERCEPTOR_*`` of its environment.
 
-Pure. Both spell the same settings, ``io.interceptor.honor_caps=true`` and ``INTERCEPTOR_HONOR_CAPS=true``. An annotation
-is the manager's word and goes before the environment, which an image can set as well.
+Pure. Both spell the same settings, ``io.interceptor.honor_caps=true`` and ``INTERCEPTOR_HONOR_CAPS=true``. An
+annotation is the manager's word and goes before the environment, which an image can set as well.
 """
 
 from __future__ import annotations
