@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,9 +38,19 @@ class Container:
     guard_pid: int = 0
     envoy_pid: int = 0
     envoy_pidfd: OwnedFd | None = None
+    pidns_ino: int = 0
+    netns_ino: int = 0
+    """Inode numbers of its first process's namespaces; 0 where that has ended."""
+    closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.netns_ino = os.fstat(self.netns.fileno()).st_ino
+        with contextlib.suppress(OSError):
+            self.pidns_ino = os.stat(f"/proc/{self.pid}/ns/pid").st_ino
 
     def close(self) -> None:
         """Lets go of everything that is held for it."""
+        self.closed = True
         for fd in [self.pidfd, self.userns, self.netns, *self.listeners.values()]:
             fd.close()
         if self.envoy_pidfd is not None:
