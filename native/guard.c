@@ -255,9 +255,11 @@ static int give(const struct ix_call *call, const struct ix_reply *reply)
 static void end_call(struct ix_slot *slot)
 {
 	struct ix_guard_state *g = &ix_guard_state;
-	pthread_mutex_lock(&g->turn_lock);
 	ix_forget(slot);
-	atomic_fetch_sub(&g->busy, 1);
+	/* Who waits for this one's end was busy before it looked for it. */
+	if (atomic_fetch_sub(&g->busy, 1) == 1)
+		return;
+	pthread_mutex_lock(&g->turn_lock);
 	pthread_cond_broadcast(&g->turn_over);
 	pthread_mutex_unlock(&g->turn_lock);
 }
