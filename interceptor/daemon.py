@@ -1,7 +1,7 @@
 """The daemon: who is told what, in which order. What each step does is elsewhere.
 
 One thread, on purpose: every step takes microseconds to a few milliseconds, nothing waits for a container, and a thread
-alone may visit other mount namespaces.
+alone may visit other mount namespaces. (The janitor of mounts/weld.py is native and runs none of this.)
 """
 
 from __future__ import annotations

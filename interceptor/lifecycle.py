@@ -30,7 +30,7 @@ from interceptor.kernel.namespaces import open_namespace, visiting
 from interceptor.kernel.process import pidfd_open
 from interceptor.mounts.composite import HARDENED, Composer, Material, Shields
 from interceptor.mounts.lineage import Baseline
-from interceptor.mounts.managed import VIEW_PROC, VIEW_SYS, Plan, make_plan
+from interceptor.mounts.managed import VIEW_PROC, VIEW_SYS, make_plan
 from interceptor.mounts.weld import Bench, Janitor, Kept, Shelf, Welder
 from interceptor.observe.log import get_logger
 from interceptor.oci.state import ContainerProcessState, State
@@ -60,7 +60,7 @@ class Lifecycle:
         welder = Welder(keeper.welder, staging, keeper.namespace, self._loop.call_later, self._janitor)
         bench = Bench(os.path.join(root, "bench"))
         self._composer = Composer(Shields(root), welder, bench)
-        self._answerer = Answerer(self._composer, config.protect_immutable_unmounts)
+        self._answerer = Answerer(self._composer, config.protect_immutable_unmounts, self._loop.call_soon)
         self._supervisors: dict[str, Supervisor] = {}
         self._awaited: dict[str, asyncio.TimerHandle] = {}
         """Containers without a listener so far, by ID."""
@@ -138,7 +138,7 @@ class Lifecycle:
             mntns, stat.mount_namespace_id(mntns), self._keeper.namespace, b"/" if late else bundle.root
         )
         plan = make_plan(bundle.masked, bundle.readonly)
-        material = self._material(plan, Shelf.create(self._shelf_path(state.id), self._janitor))
+        material = Material(plan, Shelf.create(self._shelf_path(state.id), self._janitor))
         builder = Builder(self._composer, material, site, netns)
         envoy: Forked | None = None
         try:
@@ -226,9 +226,6 @@ class Lifecycle:
                 _kill(forked.pidfd)
                 raise
         return forked
-
-    def _material(self, plan: Plan, shelf: Shelf) -> Material:
-        return Material(plan, shelf, self._loop.call_soon)
 
     def _shelf_path(self, cid: str) -> str:
         return os.path.join(self._keeper.workshop_root, "shelf", cid)
@@ -433,7 +430,7 @@ class Lifecycle:
         queue = list(fds)
         pidfd, userns, netns, journal = (queue.pop(0) for _ in range(4))
         baseline = baseline_of(record)
-        material = self._material(baseline.plan, Shelf(self._shelf_path(record["cid"]), self._janitor))
+        material = Material(baseline.plan, Shelf(self._shelf_path(record["cid"]), self._janitor))
         material.view = {(a.encode(), b.encode()): material.shelf.get(name) for a, b, name in record["views"]}
         material.bare = OrderedDict(((a, b), material.shelf.get(name)) for a, b, name in record["bares"])
         material.find_bare()

@@ -7,7 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from interceptor.containers.registry import Container
 from interceptor.errors import InterceptorError, SyscallError
@@ -72,14 +72,17 @@ class Scene:
 class Answerer:
     """Answers questions about one container's mounts."""
 
-    def __init__(self, composer: Composer, protect_immutable: bool) -> None:
+    def __init__(self, composer: Composer, protect_immutable: bool, soon: Callable[..., object]) -> None:
+        """``soon`` calls a function with its arguments after what is being done now."""
         self._composer = composer
+        self._soon = soon
         self._protect_immutable = protect_immutable
-        self._log = get_logger()
+        # Bound once: that costs as much as a system call.
+        self._log = get_logger().bind()
 
     def answer(self, container: Container, ask: Ask) -> Answer:
         """The answer to a question; what cannot be answered is left to the kernel, whose welds hold."""
-        log = self._log.bind(container=container.cid, op=ask.op.name.lower(), tid=ask.tid)
+        about: dict[str, object] = {"container": container.cid, "op": ask.op.name.lower(), "tid": ask.tid}
         try:
             if not _asks_for_its_own(container, ask):
                 answer, reason = Answer(Act.CONTINUE), "a namespace that is not the container's"
@@ -94,16 +97,16 @@ class Answerer:
             else:
                 answer, reason = self._existing(container, ask)
         except (InterceptorError, OSError) as error:
-            log.warning("left to the kernel: what was needed failed", call=str(error))
+            self._log.warning("left to the kernel: what was needed failed", call=str(error), **about)
             return Answer(Act.CONTINUE)
         except Exception:
             # Whatever it is, a caller waits; and the kernel's own answer is always a safe one.
-            log.exception("left to the kernel: internal error")
+            self._log.exception("left to the kernel: internal error", **about)
             return Answer(Act.CONTINUE)
         if answer.tree is not None and ask.op is not Op.FSOPEN:
             now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
             container.note_birth(stat.statx(answer.tree).mnt_id, now)
-        log.debug("answered", act=answer.act.name, error=answer.error, reason=reason)
+        self._log.debug("answered", act=answer.act.name, error=answer.error, reason=reason, **about)
         return answer
 
     def _new(self, container: Container, ask: Ask) -> tuple[Answer, str]:
@@ -117,8 +120,35 @@ class Answerer:
             gid=None if ask.gid is None else process.host_gid(ask.tid, ask.gid),
             sb_flags=ask.sb_flags,
         )
-        tree = self._composer.fresh(new, container.material, pid_namespace, network_namespace)
+        material = container.material
+        own, deciding = (
+            (container.pidns_ino, pid_namespace)
+            if ask.kind == 1
+            else (container.netns_ino, network_namespace)
+        )
+        tree = None
+        if os.fstat(deciding.fileno()).st_ino == own:
+            tree = material.take_spare(new)
+            if new == material.last_new:
+                # Asked for twice: likely again, and then there is one. (Of foreign namespaces none is kept alive.)
+                self._soon(self._make_spare, container, new, deciding.dup())
+            material.last_new = new
+        if tree is None:
+            tree = self._composer.fresh(new, material, pid_namespace, network_namespace)
         return Answer(Act.ATTACH, there_id=stat.statx(tree).mnt_id, tree=tree), "a welded composite"
+
+    def _make_spare(self, container: Container, new: NewMount, namespace: OwnedFd) -> None:
+        """Runs after the answer. A container that has ended meanwhile has no use for one."""
+        with namespace:
+            if container.closed or (container.material.spare or (None,))[0] == new:
+                return
+            container.material.drop_spare()
+            try:
+                tree = self._composer.fresh(new, container.material, namespace, namespace)
+            except InterceptorError as error:
+                self._log.debug("no composite was made ahead", container=container.cid, error=str(error))
+                return
+            container.material.spare = new, tree
 
     @staticmethod
     def _fsopen(container: Container, ask: Ask) -> tuple[Answer, str]:

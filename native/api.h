@@ -31,16 +31,16 @@ int ix_openat2(int dirfd, const char *path, uint64_t flags, uint64_t mode, uint6
 int ix_statx(int dirfd, const char *path, int flags, struct ix_stat *out);
 int ix_fs_magic(int fd, uint64_t *magic);
 int ix_statmount(uint64_t mnt_id, uint64_t ns_id, uint64_t mask, void *buf, size_t size);
-int64_t ix_listmount(uint64_t mnt_id, uint64_t ns_id, uint64_t last, uint64_t *ids, size_t count);
 
-/* The fields of what statmount(2) wrote; the last three are offsets from `strings`, -1 where the kernel gave none. */
+/* What statmount(2) says of a mount; the strings lie in the buffer, and are NULL where the kernel gave none. */
 struct ix_mount_view {
 	uint64_t mnt_id, parent_id, magic, attributes, propagation, peer_group, master;
 	uint32_t dev_major, dev_minor;
-	uint32_t strings;      /* where in the buffer the strings start */
-	int64_t root, point, fstype;
+	const char *root, *point, *fstype;
 };
-struct ix_mount_view ix_statmount_view(const void *buf);
+int ix_look_at_mount(uint64_t mnt_id, uint64_t ns_id, void *buf, size_t size, struct ix_mount_view *out);
+int64_t ix_listmount(uint64_t mnt_id, uint64_t ns_id, uint64_t last, uint64_t *ids, size_t count);
+
 int ix_setns(int fd, int nstype);
 int ix_unshare(int flags);
 int ix_mntns_id(int fd, uint64_t *id);
@@ -77,6 +77,12 @@ int ix_put_covers(const char *place, const struct ix_cover *covers, int count, i
 /* Moves what stands at `place` to the new directory `slot` and visits `welder`, where it arrives by propagation, for a
  * clone of all of it: welded. *step: 0 mkdir, 1 move_mount, 2 setns, 3 open_tree. */
 int ix_weld(const char *place, const char *slot, int welder_fd, int home_fd, int *step);
+
+/* Starts a thread that unmounts, lazily, the path in each message on `sock` (SOCK_SEQPACKET), and removes its directory;
+ * where a detached tree comes with a message, it closes that.
+ * At end of file it closes `sock`, which it has from then on that this returns 0. It has a root and working directory of its own, so that the calling thread may go on
+ * visiting mount namespaces. */
+int ix_start_janitor(int sock);
 
 /* The standing welder: the calling process leaves for a user and mount namespace of its own, in which the shared
  * mounts of the workshop are received by propagation, and answers each byte on `sock` with a descriptor of that mount

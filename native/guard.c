@@ -120,7 +120,6 @@ bool ix_question(struct ix_call *call, struct ix_ask *ask, const int *fds, int f
 	struct ix_question *q = call->question;
 	struct timespec deadline;
 	uint64_t ms = ix_guard_state.config.question_timeout_ms;
-	ix_step_down(call);
 	clock_gettime(CLOCK_MONOTONIC, &deadline);
 	deadline.tv_sec += (time_t)(ms / 1000);
 	deadline.tv_nsec += (long)(ms % 1000) * 1000000;
@@ -140,6 +139,10 @@ bool ix_question(struct ix_call *call, struct ix_ask *ask, const int *fds, int f
 	q->answer_fd = -1;
 	/* A full link means that nobody reads it: then the deadline decides, and a successor is asked again. */
 	ix_link_send(&q->ask, sizeof(q->ask), fds, fd_count);
+	pthread_mutex_unlock(&q->lock);
+	/* Somebody else receives meanwhile; after the daemon was woken, since that is the longer way. */
+	ix_step_down(call);
+	pthread_mutex_lock(&q->lock);
 	while (!q->done && pthread_cond_timedwait(&q->answered, &q->lock, &deadline) == 0)
 		;
 	bool answered = q->done;
@@ -298,9 +301,11 @@ static int give(const struct ix_call *call, const struct ix_reply *reply)
 static void end_call(struct ix_slot *slot)
 {
 	struct ix_guard_state *g = &ix_guard_state;
-	pthread_mutex_lock(&g->turn_lock);
 	ix_forget(slot);
-	atomic_fetch_sub(&g->busy, 1);
+	/* Who waits for this one's end was busy before it looked for it. */
+	if (atomic_fetch_sub(&g->busy, 1) == 1)
+		return;
+	pthread_mutex_lock(&g->turn_lock);
 	pthread_cond_broadcast(&g->turn_over);
 	pthread_mutex_unlock(&g->turn_lock);
 }

@@ -13,6 +13,7 @@ struct ix_listener {
 	uint32_t index;
 	atomic_int receivers;
 	atomic_int leader;             /* 1: one of them receives, or serves what it received; the others wait here */
+	atomic_int leader_tid;
 	atomic_int followers;          /* how many wait */
 	atomic_int serving;            /* how many look at a call */
 	atomic_int turn;               /* odd: the leader serves a call */

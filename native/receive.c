@@ -22,6 +22,8 @@ struct receiver {
 	bool recover;
 };
 
+static __thread int own_tid;
+
 static void wait_while(atomic_int *word, int value)
 {
 	syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
@@ -44,8 +46,10 @@ static bool lead(struct ix_listener *l)
 {
 	while (!atomic_load(&l->dropped)) {
 		int leader = 0;
-		if (atomic_compare_exchange_strong(&l->leader, &leader, 1))
+		if (atomic_compare_exchange_strong(&l->leader, &leader, 1)) {
+			atomic_store(&l->leader_tid, own_tid);
 			return true;
+		}
 		atomic_fetch_add(&l->followers, 1);
 		wait_while(&l->leader, 1);
 		atomic_fetch_sub(&l->followers, 1);
@@ -80,14 +84,25 @@ void ix_end_listener(struct ix_listener *l)
 
 /* ---- the watchdog: asleep while nothing is called ---------------------------------------------------------- */
 
-/* Deposes leaders that have served one call for a whole tick. Returns whether anything was called since the last time. */
+/* Whether a thread of ours runs, or only waits for a processor: then it is not stuck, and nobody else would be faster. */
+static bool is_running(int tid)
+{
+	char text[512];
+	cleanup_close int fd = ix_open_caller(ix_guard_state.proc, tid, "stat", O_RDONLY);
+	ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
+	text[n < 0 ? 0 : n] = '\0';
+	const char *name_end = strrchr(text, ')');
+	return name_end && name_end[1] == ' ' && name_end[2] == 'R';
+}
+
+/* Deposes leaders that have been stuck in one call for a whole tick. Returns whether anything was called since the last time. */
 static bool look_around(int seen[IX_LISTENERS])
 {
 	bool busy = false;
 	for (int i = 0; i < IX_LISTENERS; i++) {
 		struct ix_listener *l = &ix_guard_state.listeners[i];
 		int turn = atomic_load(&l->turn);
-		if (turn == seen[i] && (turn & 1) && end_turn(l, turn)) {
+		if (turn == seen[i] && (turn & 1) && !is_running(atomic_load(&l->leader_tid)) && end_turn(l, turn)) {
 			atomic_store(&l->wary, WARY_CALLS);
 			hand_on(l);
 		}
@@ -193,6 +208,7 @@ static void *receiver_main(void *argument)
 	struct receiver mine = *(struct receiver *)argument;
 	struct ix_slot *slot = &ix_guard_state.journal->slots[mine.slot];
 	free(argument);
+	own_tid = (int)syscall(SYS_gettid);
 	/* Own root and working directory, as setns to a mount namespace demands. */
 	if (unshare(CLONE_FS) == 0) {
 		if (mine.recover) {

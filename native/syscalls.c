@@ -122,10 +122,15 @@ int64_t ix_listmount(uint64_t mnt_id, uint64_t ns_id, uint64_t last, uint64_t *i
 	return n < 0 ? -errno : n;
 }
 
-struct ix_mount_view ix_statmount_view(const void *buf)
+int ix_look_at_mount(uint64_t mnt_id, uint64_t ns_id, void *buf, size_t size, struct ix_mount_view *out)
 {
 	const struct ix_statmount *s = buf;
-	return (struct ix_mount_view){
+	const uint64_t mask = IX_STATMOUNT_SB_BASIC | IX_STATMOUNT_MNT_BASIC | IX_STATMOUNT_MNT_ROOT |
+			      IX_STATMOUNT_MNT_POINT | IX_STATMOUNT_FS_TYPE;
+	int r = ix_statmount(mnt_id, ns_id, mask, buf, size);
+	if (r < 0)
+		return r;
+	*out = (struct ix_mount_view){
 		.mnt_id = s->mnt_id,
 		.parent_id = s->mnt_parent_id,
 		.magic = s->sb_magic,
@@ -135,11 +140,11 @@ struct ix_mount_view ix_statmount_view(const void *buf)
 		.master = s->mnt_master,
 		.dev_major = s->sb_dev_major,
 		.dev_minor = s->sb_dev_minor,
-		.strings = sizeof(*s),
-		.root = s->mask & IX_STATMOUNT_MNT_ROOT ? (int64_t)s->mnt_root : -1,
-		.point = s->mask & IX_STATMOUNT_MNT_POINT ? (int64_t)s->mnt_point : -1,
-		.fstype = s->mask & IX_STATMOUNT_FS_TYPE ? (int64_t)s->fs_type : -1,
+		.root = s->mask & IX_STATMOUNT_MNT_ROOT ? s->str + s->mnt_root : NULL,
+		.point = s->mask & IX_STATMOUNT_MNT_POINT ? s->str + s->mnt_point : NULL,
+		.fstype = s->mask & IX_STATMOUNT_FS_TYPE ? s->str + s->fs_type : NULL,
 	};
+	return 0;
 }
 
 int ix_setns(int fd, int nstype)

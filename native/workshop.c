@@ -1,6 +1,8 @@
 /* Operations that must happen in one piece: no thread is ever left behind in a foreign namespace. */
 #include "compat.h"
 
+#include <pthread.h>
+#include <semaphore.h>
 #include <signal.h>
 #include <sys/wait.h>
 
@@ -113,15 +115,20 @@ static int put_cover(int root, const struct ix_cover *cover)
 					      RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS);
 	if (target < 0)
 		return is_absent(target) ? 0 : target;
-	int r = ix_statx(target, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st);
+	const char *source = cover->directory;
+	int r = 0;
+	if (cover->file != cover->directory) {
+		r = ix_statx(target, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st);
+		source = S_ISDIR(st.mode) ? cover->directory : cover->file;
+	}
 	if (r < 0)
 		return r;
-	const char *source = S_ISDIR(st.mode) ? cover->directory : cover->file;
 	cleanup_close int tree = source ? ix_open_tree(AT_FDCWD, source, OPEN_TREE_CLONE | AT_SYMLINK_NOFOLLOW)
 					: ix_open_tree(target, "", OPEN_TREE_CLONE | AT_EMPTY_PATH);
 	if (tree < 0)
 		return tree;
-	r = cover->attributes ? ix_mount_setattr(tree, "", AT_EMPTY_PATH, cover->attributes, 0, 0, -1) : 0;
+	if (cover->attributes)
+		r = ix_mount_setattr(tree, "", AT_EMPTY_PATH, cover->attributes, 0, 0, -1);
 	return r < 0 ? r : ix_move_mount(tree, "", target, "", MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH);
 }
 
@@ -164,6 +171,72 @@ int ix_weld(const char *place, const char *slot, int welder_fd, int home_fd, int
 		return r;
 	}
 	return tree;
+}
+
+/* ---- the janitor ------------------------------------------------------------------------------------------- */
+
+struct janitor {
+	int sock;
+	sem_t apart;
+	int failure;
+};
+
+/* A detached tree goes with its descriptor, what is mounted goes by its path. False at end of file. */
+static bool tidy_up(int sock)
+{
+	char path[PATH_MAX];
+	union {
+		char bytes[CMSG_SPACE(sizeof(int))];
+		struct cmsghdr align;
+	} control;
+	struct iovec data = {.iov_base = path, .iov_len = sizeof(path) - 1};
+	struct msghdr msg = {
+		.msg_iov = &data, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof(control.bytes),
+	};
+	ssize_t n = recvmsg(sock, &msg, MSG_CMSG_CLOEXEC);
+	if (n <= 0)
+		return n < 0 && errno == EINTR;
+	struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
+	if (c && c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS) {
+		int tree;
+		memcpy(&tree, CMSG_DATA(c), sizeof(tree));
+		close(tree);
+		return true;
+	}
+	path[n] = '\0';
+	/* What cannot be unmounted goes with the workshop. */
+	if (umount2(path, MNT_DETACH) == 0)
+		rmdir(path);
+	return true;
+}
+
+static void *janitor_main(void *argument)
+{
+	struct janitor *j = argument;
+	int sock = j->sock;
+	bool alone = unshare(CLONE_FS) == 0;
+	j->failure = alone ? 0 : -errno;
+	sem_post(&j->apart);               /* *j is gone from here on */
+	while (alone && tidy_up(sock))
+		;
+	if (alone)
+		close(sock);
+	return NULL;
+}
+
+int ix_start_janitor(int sock)
+{
+	struct janitor j = {.sock = sock};
+	pthread_t thread;
+	sem_init(&j.apart, 0, 0);
+	int failed = pthread_create(&thread, NULL, janitor_main, &j);
+	if (!failed) {
+		pthread_detach(thread);
+		while (sem_wait(&j.apart) < 0)
+			;
+	}
+	sem_destroy(&j.apart);
+	return failed ? -failed : j.failure;
 }
 
 static int send_fd(int sock, int fd, int error)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +48,16 @@ class Container:
     births: OrderedDict[int, int] = field(default_factory=OrderedDict)
     """When (CLOCK_BOOTTIME) the youngest composites were made that it asked for, by unique mount ID."""
 
+    pidns_ino: int = 0
+    netns_ino: int = 0
+    """Inode numbers of its first process's namespaces; 0 where that has ended."""
+    closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.netns_ino = os.fstat(self.netns.fileno()).st_ino
+        with contextlib.suppress(OSError):
+            self.pidns_ino = os.stat(f"/proc/{self.pid}/ns/pid").st_ino
+
     def note_birth(self, mnt_id: int, now: int) -> None:
         """Remembers when a mount was made; the oldest is forgotten when there are too many."""
         self.births[mnt_id] = now
@@ -54,6 +66,7 @@ class Container:
 
     def close(self) -> None:
         """Lets go of everything that is held for it."""
+        self.closed = True
         for fd in [self.pidfd, self.userns, self.netns, *self.listeners.values()]:
             fd.close()
         if self.envoy_pidfd is not None:

@@ -139,8 +139,12 @@ def put_covers(place: str, covers: Sequence[CoverSource]) -> None:
     Raises `SyscallError` with the path of the cover that failed.
     """
     step = ffi.new("int *")
-    keep = [[ffi.NULL if text is None else ffi.new("char[]", text) for text in c[:3]] for c in covers]
-    array = ffi.new("struct ix_cover[]", [(*k, c.attributes) for k, c in zip(keep, covers, strict=True)])
+    # A text that occurs twice is one pointer: where the sources are the same, nobody has to look what is to be covered.
+    texts = {text: ffi.new("char[]", text) for c in covers for text in c[:3] if text is not None}
+    array = ffi.new(
+        "struct ix_cover[]",
+        [(*(ffi.NULL if text is None else texts[text] for text in c[:3]), c.attributes) for c in covers],
+    )
     result = lib.ix_put_covers(os.fsencode(place), array, len(covers), step)
     if result < 0:
         raise SyscallError(-result, f"covering of {os.fsdecode(covers[step[0]].path)} at {place}")

@@ -66,6 +66,15 @@ def become_visitor() -> None:
     unshare(CLONE_FS)
 
 
+def start_janitor(sock: OwnedFd) -> None:
+    """A native thread that unmounts the path in each message on ``sock``, which becomes its own."""
+    number = sock.take()
+    result = lib.ix_start_janitor(number)
+    if result < 0:
+        os.close(number)
+    checked(result, "ix_start_janitor")
+
+
 @contextmanager
 def visiting(namespace: FdLike, home: FdLike) -> Iterator[None]:
     """The calling thread (see `become_visitor`) in another mount namespace, its root that namespace's root."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from interceptor._native import ffi, lib
 from interceptor.errors import SyscallError
@@ -11,12 +11,12 @@ from interceptor.kernel.fd import FdLike
 from interceptor.kernel.flags import AT_EMPTY_PATH, AT_STATX_DONT_SYNC, AT_SYMLINK_NOFOLLOW
 
 LSMT_ROOT = 0xFFFFFFFFFFFFFFFF
-_STATMOUNT_MASK = 0x1 | 0x2 | 0x4 | 0x8 | 0x10 | 0x20
 _BUFFER = 16384
+#: The kernel writes it.
+_uncleared = ffi.new_allocator(should_clear_after_alloc=False)
 
 
-@dataclass(frozen=True, slots=True)
-class FileStat:
+class FileStat(NamedTuple):
     """What statx(2) says of an object and of the mount it was reached through."""
 
     mnt_id: int
@@ -30,8 +30,7 @@ class FileStat:
     gid: int
 
 
-@dataclass(frozen=True, slots=True)
-class MountStat:
+class MountStat(NamedTuple):
     """What statmount(2) says of a mount. Paths are bytes as the kernel keeps them, not escaped."""
 
     mnt_id: int
@@ -53,18 +52,14 @@ class MountStat:
 
 def statx(dirfd: FdLike, path: Path = b"", *, follow: bool = False) -> FileStat:
     """statx(2) without asking any server (AT_STATX_DONT_SYNC). Raises `SyscallError`."""
-    out = ffi.new("struct ix_stat *")
+    out = _uncleared("struct ix_stat *")
     flags = AT_STATX_DONT_SYNC | (0 if follow else AT_SYMLINK_NOFOLLOW) | (0 if path else AT_EMPTY_PATH)
-    checked(lib.ix_statx(c_fd(dirfd), c_path(path), flags, out), "statx", c_fd(dirfd), path, hex(flags))
+    result = lib.ix_statx(c_fd(dirfd), c_path(path), flags, out)
+    if result < 0:
+        checked(result, "statx", c_fd(dirfd), path, hex(flags))
+    dev = (out.dev_major, out.dev_minor)
     return FileStat(
-        mnt_id=out.mnt_id,
-        ino=out.ino,
-        dev=(out.dev_major, out.dev_minor),
-        mode=out.mode,
-        mount_root=bool(out.mount_root),
-        unique=bool(out.unique),
-        uid=out.uid,
-        gid=out.gid,
+        out.mnt_id, out.ino, dev, out.mode, bool(out.mount_root), bool(out.unique), out.uid, out.gid
     )
 
 
@@ -87,40 +82,41 @@ def statmount(mnt_id: int, namespace: int = 0) -> MountStat:
 
     Raises `SyscallError`, with ENOENT if there is no such mount in that namespace.
     """
-    buffer = ffi.new("char[]", _BUFFER)
-    result = lib.ix_statmount(mnt_id, namespace, _STATMOUNT_MASK, buffer, _BUFFER)
-    checked(result, "statmount", hex(mnt_id), hex(namespace))
-    s = lib.ix_statmount_view(buffer)
-    strings = ffi.buffer(buffer, _BUFFER)[s.strings :]
+    buffer = _uncleared("char[]", _BUFFER)
+    s = _uncleared("struct ix_mount_view *")
+    result = lib.ix_look_at_mount(mnt_id, namespace, buffer, _BUFFER, s)
+    if result < 0:
+        raise SyscallError(-result, f"statmount({mnt_id:#x}, {namespace:#x})")
     return MountStat(
-        mnt_id=s.mnt_id,
-        parent_id=s.parent_id,
-        dev=(s.dev_major, s.dev_minor),
-        magic=s.magic,
-        attributes=s.attributes,
-        propagation=s.propagation,
-        peer_group=s.peer_group,
-        master=s.master,
-        root=_string(strings, s.root),
-        point=_string(strings, s.point),
-        fstype=_string(strings, s.fstype),
+        s.mnt_id,
+        s.parent_id,
+        (s.dev_major, s.dev_minor),
+        s.magic,
+        s.attributes,
+        s.propagation,
+        s.peer_group,
+        s.master,
+        _string(s.root),
+        _string(s.point),
+        _string(s.fstype),
     )
 
 
-def _string(strings: bytes, offset: int) -> bytes:
-    return strings[offset : strings.index(b"\0", offset)] if offset >= 0 else b""
+def _string(text: Any) -> bytes:
+    return bytes(ffi.string(text)) if text else b""
 
 
 def listmount(mnt_id: int = LSMT_ROOT, namespace: int = 0) -> list[int]:
     """listmount(2), 6.8+: unique IDs of every mount below ``mnt_id``, parents before what came later."""
     count = 512
-    ids = ffi.new("uint64_t[]", count)
+    ids = _uncleared("uint64_t[]", count)
     found: list[int] = []
     last = 0
     while True:
         n = lib.ix_listmount(mnt_id, namespace, last, ids, count)
-        checked(n, "listmount", hex(mnt_id), hex(namespace))
-        found.extend(int(ids[i]) for i in range(n))
+        if n < 0:
+            raise SyscallError(-n, f"listmount({mnt_id:#x}, {namespace:#x})")
+        found.extend(ffi.unpack(ids, n))
         if n < count:
             return found
         last = found[-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from interceptor.kernel import mount, stat
@@ -45,11 +45,13 @@ class Material:
 
     plan: Plan
     shelf: Shelf
-    soon: Callable[[Callable[[], None]], object]
-    """Does something after what is being done now."""
     view: dict[tuple[bytes, bytes], Kept] = field(default_factory=dict)
     """The view's submounts by (filesystem type, path): cloned for each composite."""
     bare: OrderedDict[tuple[int, int], Kept] = field(default_factory=OrderedDict)
+    spare: tuple[NewMount, OwnedFd] | None = None
+    """A composite made ahead of need, for the container's own namespaces."""
+    last_new: NewMount | None = None
+    """What was asked for last, there."""
 
     def keep_bare(self, dev: tuple[int, int], tree: OwnedFd) -> Kept:
         """Keeps a bare clone; the oldest goes when there are too many (a container can ask for any number).
@@ -59,7 +61,7 @@ class Material:
         if dev in self.bare:
             tree.close()
             return self.bare[dev]
-        kept = self.bare[dev] = self.shelf.put_later(tree, self.soon)
+        kept = self.bare[dev] = self.shelf.hold(tree)
         if len(self.bare) > BARE_MAX:
             self.shelf.drop(self.bare.pop(list(self.bare)[2]))
         return kept
@@ -72,9 +74,23 @@ class Material:
                 self.bare.setdefault(stat.statx(mount.AT_FDCWD, kept.path).dev, kept)
 
     def close(self) -> None:
+        self.drop_spare()
+        self.shelf.clear(self.bare.values())
         self.view.clear()
         self.bare.clear()
-        self.shelf.clear()
+
+    def take_spare(self, new: NewMount) -> OwnedFd | None:
+        """The composite that was made ahead, if it is one like this."""
+        if self.spare is None or self.spare[0] != new:
+            return None
+        tree = self.spare[1]
+        self.spare = None
+        return tree
+
+    def drop_spare(self) -> None:
+        if self.spare is not None:
+            self.shelf.janitor.take_tree(self.spare[1])
+            self.spare = None
 
 
 class Composer:

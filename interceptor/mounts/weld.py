@@ -11,17 +11,14 @@ import os
 import socket
 import stat as stat_module
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from queue import SimpleQueue
-from threading import Event, Thread
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 from interceptor.errors import InterceptorError, SyscallError
 from interceptor.kernel import mount, stat
 from interceptor.kernel.fd import OwnedFd
 from interceptor.kernel.flags import MountFlag, UmountFlag
-from interceptor.kernel.namespaces import become_visitor, visiting
-from interceptor.observe.log import get_logger
+from interceptor.kernel.namespaces import start_janitor, visiting
 
 #: How many trees are welded before the first of them must go, and how long the last stays: seconds.
 TRAY_SLOTS = 32
@@ -55,39 +52,30 @@ class Bench:
 
 
 class Janitor:
-    """Unmounts what is no longer needed, in a thread of its own.
+    """Unmounts what is no longer needed, in a native thread of its own (native/workshop.c).
 
     The end of a mount waits for an RCU grace period, up to milliseconds; nobody who asks for something is to wait for
-    that as well. The thread has a root and working directory of its own, so that the thread that made it may still
-    visit other mount namespaces.
+    that as well.
     """
 
     def __init__(self) -> None:
-        self._log = get_logger()
-        self._queue: SimpleQueue[str | None] = SimpleQueue()
-        self._apart = Event()
-        self._thread = Thread(target=self._work, name="janitor", daemon=True)
-        self._thread.start()
-        self._apart.wait()
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        start_janitor(OwnedFd(theirs.detach()))
 
     def take(self, path: str) -> None:
         """Lets the mount at ``path`` go, with all that is below it, and the directory that it stands on."""
-        self._queue.put(path)
+        self._socket.send(os.fsencode(path))
+
+    def take_tree(self, tree: OwnedFd) -> None:
+        """Lets a detached tree go."""
+        with tree:
+            socket.send_fds(self._socket, [b"t"], [tree.fileno()])
 
     def close(self) -> None:
         """Waits until all that was taken has gone."""
-        self._queue.put(None)
-        self._thread.join()
-
-    def _work(self) -> None:
-        become_visitor()
-        self._apart.set()
-        while (path := self._queue.get()) is not None:
-            try:
-                mount.umount2(path, UmountFlag.MNT_DETACH)
-                os.rmdir(path)
-            except OSError as error:
-                self._log.warning("something was left behind in the workshop", path=path, error=str(error))
+        self._socket.shutdown(socket.SHUT_WR)
+        self._socket.recv(1)
+        self._socket.close()
 
 
 class Welder:
@@ -205,9 +193,19 @@ class Kept:
         """An O_PATH descriptor of its root."""
         return OwnedFd(os.open(self.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC))
 
+    def let_go(self, janitor: Janitor) -> None:
+        """Takes it off its shelf."""
+        mount.umount2(self.path, UmountFlag.MNT_DETACH)
+        os.rmdir(self.path)
 
-class _KeptLater(Kept):
-    """One that is put on its shelf when there is time, or when it is needed."""
+    def forget(self, janitor: Janitor) -> None:
+        """Its shelf is about to go."""
+
+
+class _Held(Kept):
+    """One that is detached, as long as the kernel clones such (6.15+); else, or where its path is asked for, it is put
+    on its shelf.
+    """
 
     def __init__(self, shelf: Shelf, tree: OwnedFd) -> None:
         super().__init__("")
@@ -216,20 +214,25 @@ class _KeptLater(Kept):
 
     @property
     def path(self) -> str:
-        self.settle()
+        if not self._tree.closed:
+            self._path = self._shelf.put(self._tree).path
         return self._path
 
-    @property
-    def waits(self) -> bool:
-        return not self._tree.closed
+    def clone(self, path: bytes = b"") -> OwnedFd:
+        if not self._tree.closed:
+            with suppress(SyscallError):
+                return mount.clone_mount(self._tree, path)
+        return super().clone(path)
 
-    def settle(self) -> None:
-        """Does it, unless it is done or has become needless."""
-        if self.waits:
-            self._path = self._shelf.put(self._tree).path
+    def let_go(self, janitor: Janitor) -> None:
+        if self._tree.closed:
+            super().let_go(janitor)
+        else:
+            janitor.take_tree(self._tree)
 
-    def forget(self) -> None:
-        self._tree.close()
+    def forget(self, janitor: Janitor) -> None:
+        if not self._tree.closed:
+            janitor.take_tree(self._tree)
 
 
 class Shelf:
@@ -237,9 +240,8 @@ class Shelf:
 
     def __init__(self, path: str, janitor: Janitor) -> None:
         self._path = path
-        self._janitor = janitor
+        self.janitor = janitor
         self._serial = 0
-        self._waiting: list[_KeptLater] = []
 
     @classmethod
     def create(cls, path: str, janitor: Janitor) -> Shelf:
@@ -262,12 +264,9 @@ class Shelf:
             mount.attach(tree, mount.AT_FDCWD, path)
         return Kept(path)
 
-    def put_later(self, tree: OwnedFd, soon: Callable[[Callable[[], None]], object]) -> Kept:
-        """`put` by ``soon``, after what is being done now, or once it is needed."""
-        kept = _KeptLater(self, tree)
-        self._waiting = [k for k in self._waiting if k.waits] + [kept]
-        soon(kept.settle)
-        return kept
+    def hold(self, tree: OwnedFd) -> Kept:
+        """`put`, once that is needed."""
+        return _Held(self, tree)
 
     def get(self, name: str) -> Kept:
         """What a predecessor put there."""
@@ -280,12 +279,12 @@ class Shelf:
 
     def drop(self, kept: Kept) -> None:
         """Lets one tree go."""
-        self._janitor.take(kept.path)
+        kept.let_go(self.janitor)
 
-    def clear(self) -> None:
-        """Lets everything go, and the shelf."""
-        for kept in self._waiting:
-            kept.forget()
+    def clear(self, kept: Iterable[Kept] = ()) -> None:
+        """Lets everything go, what is held for it as well, and the shelf."""
+        for one in kept:
+            one.forget(self.janitor)
         try:
             mount.umount2(self._path, UmountFlag.MNT_DETACH)
         except SyscallError as error:
