@@ -345,9 +345,14 @@ static bool base_takes_flags(const struct ix_call *call)
 
 static struct ix_reply act_flags(struct ix_call *call, const struct ix_answer *answer)
 {
+	struct mount_info base;
 	bool read_only = call->args[3] & MS_RDONLY;
+	bool was_read_only = mount_info(call->target_stat.mnt_id, &base) == 0 && base.sm.mnt_attr & MOUNT_ATTR_RDONLY;
 	if (!base_takes_flags(call))
 		return ix_let_kernel_run("flags that the kernel refuses");
+	/* A cover may have been made read-only by itself: systemd does that to /proc/sys, and then sets flags on /proc. */
+	if (!read_only && !was_read_only)
+		return ix_let_kernel_run("the submounts keep what they have");
 	for (uint32_t i = 0; i < answer->count && i < IX_MAX_IDS; i++) {
 		struct mount_info info;
 		cleanup_close int fd = open_mount(answer->ids[i], &info);

@@ -183,6 +183,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 # ---- inside: calls whose effect is compared with their result ----------------------------------------------
 
+MS_REMOUNT = 0x20
 MS_BIND = 0x1000
 MS_REC = 0x4000
 MNT_DETACH = 2

@@ -12,7 +12,17 @@ from interceptor.kernel.flags import CLONE_NEWNS
 from interceptor.kernel.namespaces import unshare
 from interceptor.library import GuardedChild, Interceptor
 from tests import guarded as inside
-from tests.robust.support import COPY, MNT_DETACH, MS_BIND, MS_REC, PATIENCE, Truth, pipe, stack_at
+from tests.robust.support import (
+    COPY,
+    MNT_DETACH,
+    MS_BIND,
+    MS_REC,
+    MS_REMOUNT,
+    PATIENCE,
+    Truth,
+    pipe,
+    stack_at,
+)
 
 pytestmark = pytest.mark.root
 
@@ -204,3 +214,28 @@ def test_a_cover_bound_elsewhere_on_a_copied_base_is_a_mount_of_its_own(child: G
         return inside.try_umount(COPY), inside.try_umount(COPY + b"/fs"), inside.try_umount(COPY)
 
     assert child.call(body) == (errno.EBUSY, 0, 0)
+
+
+# ---- flags -------------------------------------------------------------------------------------------------------
+
+
+#: MS_NOSUID, MS_NODEV, MS_NOEXEC: a remount states all flags, and covers must keep these.
+HARDENED = 2 | 4 | 8
+
+
+def test_a_cover_made_read_only_stays_so_when_its_base_is_remounted(child: GuardedChild) -> None:
+    """As systemd does it for ProtectKernelTunables=: /proc/sys read-only, then flags of /proc that are not."""
+
+    def read_only(path: bytes) -> bool:
+        return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+    def body() -> list[bool]:
+        Truth().prepare()
+        assert inside.try_mount(b"x", COPY, b"proc", HARDENED) == 0
+        cover, seen = COPY + b"/sys", []
+        for path, flags in ((cover, 1), (COPY, 0), (COPY, 1), (COPY, 0)):
+            assert inside.try_mount(None, path, None, MS_BIND | MS_REMOUNT | HARDENED | flags) == 0
+            seen.append(read_only(cover))
+        return seen
+
+    assert child.call(body) == [True, True, True, False]
