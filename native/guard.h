@@ -137,6 +137,9 @@ struct ix_reply ix_handle_fsmount(struct ix_call *call);
 struct ix_reply ix_handle_open_tree(struct ix_call *call, bool with_attr);
 struct ix_reply ix_handle_move_mount(struct ix_call *call);
 int ix_resolve_moved(struct ix_call *call);
+bool ix_is_held(uint64_t mnt_id);
+/* open.c */
+struct ix_reply ix_handle_openat2(struct ix_call *call);
 /* act.c */
 bool ix_has_mounts_below(struct ix_call *call, uint64_t mnt_id);
 int ix_top_of_file(struct ix_call *call, uint64_t mnt_id);

@@ -5,7 +5,8 @@
 #include <linux/capability.h>
 
 enum family { FAMILY_UNKNOWN, FAMILY_MOUNT, FAMILY_UMOUNT, FAMILY_UMOUNT_OLD,
-	FAMILY_FSOPEN, FAMILY_FSMOUNT, FAMILY_OPEN_TREE, FAMILY_OPEN_TREE_ATTR, FAMILY_MOVE_MOUNT };
+	FAMILY_FSOPEN, FAMILY_FSMOUNT, FAMILY_OPEN_TREE, FAMILY_OPEN_TREE_ATTR, FAMILY_MOVE_MOUNT,
+	FAMILY_OPENAT2 };
 
 struct syscall_row {
 	uint32_t arch;
@@ -32,6 +33,8 @@ static const struct syscall_row syscalls[] = {
 	{ARCH_NATIVE, SYS_move_mount, FAMILY_MOVE_MOUNT},
 	{ARCH_NATIVE, SYS_fsopen, FAMILY_FSOPEN},
 	{ARCH_NATIVE, SYS_fsmount, FAMILY_FSMOUNT},
+	{ARCH_NATIVE, SYS_openat2, FAMILY_OPENAT2},
+	{ARCH_COMPAT, SYS_openat2, FAMILY_OPENAT2},
 	{ARCH_COMPAT, COMPAT_UMOUNT2, FAMILY_UMOUNT},
 	{ARCH_COMPAT, COMPAT_MOUNT, FAMILY_MOUNT},
 	{ARCH_COMPAT, COMPAT_UMOUNT, FAMILY_UMOUNT_OLD},
@@ -368,6 +371,8 @@ struct ix_reply ix_handle(struct ix_call *call, uint32_t arch, int nr)
 		return ix_handle_open_tree(call, true);
 	case FAMILY_MOVE_MOUNT:
 		return ix_handle_move_mount(call);
+	case FAMILY_OPENAT2:
+		return ix_handle_openat2(call);
 	case FAMILY_UNKNOWN:
 		break;
 	}

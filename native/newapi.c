@@ -272,6 +272,12 @@ static int resolve_to(struct ix_call *call, uint64_t flags)
 			  flags & MOVE_MOUNT_T_SYMLINKS);
 }
 
+bool ix_is_held(uint64_t mnt_id)
+{
+	cleanup_close int tree = find_held(mnt_id);
+	return tree >= 0;
+}
+
 /* A tree that is held here is attached from here, by the descriptor that keeps it alive. */
 static struct ix_reply attach_held(struct ix_call *call, int tree, uint64_t mnt_id, uint64_t flags)
 {

@@ -40,7 +40,7 @@ ARCHES = [
 ]
 
 #: The same on every architecture.
-NEW_API = {"open_tree": 428, "move_mount": 429, "fsopen": 430, "fsmount": 432, "open_tree_attr": 467}
+NEW_API = {"open_tree": 428, "move_mount": 429, "fsopen": 430, "fsmount": 432, "open_tree_attr": 467, "openat2": 437}
 MS_RDONLY, MS_NOSUID, MS_REMOUNT, MS_BIND, MS_MOVE, MS_REC = 1, 2, 0x20, 0x1000, 0x2000, 0x4000
 MS_UNBINDABLE, MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 17, 1 << 18, 1 << 19, 1 << 20
 MGC = 0xC0ED0000
@@ -156,7 +156,7 @@ def test_of_the_new_api_only_what_makes_or_moves_a_mount_notifies(
 ) -> None:
     program = seccomp.program(machine)
     base = X32_BIT if any(n & X32_BIT for n in numbers.values()) else 0
-    for name in ("fsopen", "fsmount", "move_mount"):
+    for name in ("fsopen", "fsmount", "move_mount", "openat2"):
         assert run(program, arch, base + NEW_API[name]) == NOTIFY, name
     clone, recursive, cloexec = 1, 0x8000, 0x80000
     for flags, answer in {
@@ -189,7 +189,7 @@ def test_fragment_says_the_same_as_the_program() -> None:
     syscalls = fragment["syscalls"]
     assert isinstance(syscalls, list)
     old = {("mount",), ("umount",), ("umount2",)}
-    new = {("fsopen",), ("fsmount",), ("move_mount",), ("open_tree",), ("open_tree_attr",)}
+    new = {("fsopen",), ("fsmount",), ("move_mount",), ("open_tree",), ("open_tree_attr",), ("openat2",)}
     assert {tuple(entry["names"]) for entry in syscalls} == old | new
     assert {entry["action"] for entry in syscalls} == {"SCMP_ACT_NOTIFY"}
     masks = {(a["index"], a["value"], a["valueTwo"]) for e in syscalls for a in e.get("args", [])}

@@ -70,6 +70,8 @@ RULES: tuple[Rule, ...] = (
     # 6.15+. A runtime passes over a name that its libseccomp does not know: the call is then the kernel's, which
     # refuses a clone of this kind where covers are below.
     Rule("open_tree_attr", _PLAIN_CLONE, number=467),
+    # With RESOLVE_NO_XDEV a composite must be one filesystem; that flag is in memory, where no filter sees it.
+    Rule("openat2"),
 )
 
 #: By ``uname -m``, the architectures whose calls such a kernel takes from a process; its own one first.

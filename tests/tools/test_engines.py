@@ -64,6 +64,13 @@ def test_masked_and_readonly_paths_are_the_inner_runtimes(toolbox: Toolbox, runt
     assert told.split() == ["0"]
 
 
+def test_sysctls_of_an_inner_container(toolbox: Toolbox, runtime: str) -> None:
+    """As Docker and CRI have them set. libpathrs looks for them with RESOLVE_NO_XDEV in a procfs of its own."""
+    argv = ["cat", "/proc/sys/net/ipv4/ip_unprivileged_port_start", "/proc/sys/net/ipv4/ping_group_range"]
+    sysctl = {"net.ipv4.ip_unprivileged_port_start": "0", "net.ipv4.ping_group_range": "0 1000"}
+    assert run(toolbox, runtime, argv, sysctl=sysctl).split() == ["0", "0", "1000"]
+
+
 #: With a storage of its own, in a mount namespace of its own: engines keep mounts there.
 _PODMAN = (
     "mount -t tmpfs engines /var/lib/containers; exec podman --runtime {runtime} --storage-driver=vfs "
