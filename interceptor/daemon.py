@@ -12,6 +12,7 @@ import signal
 
 import msgspec
 
+from interceptor import explain
 from interceptor.config import Config
 from interceptor.containers.prepared import Preparations
 from interceptor.containers.registry import Registry
@@ -132,12 +133,14 @@ class Daemon:
     def _about_mounts(self, op: object, request: dict[str, object]) -> object:
         """What ``interceptor mounts`` and ``interceptor explain`` ask."""
         if op == "tree":
-            return self._life.tree(_text(request, "id"), _number(request, "namespace"))
+            return explain.tree(self._life.about(_text(request, "id"))[0], _number(request, "namespace"))
         if op == "whereabouts":
-            return self._life.whereabouts(_text(request, "id"))
+            return explain.whereabouts(self._life.about(_text(request, "id"))[0])
         if op == "lineage":
-            cid, mnt_id = _text(request, "id"), _number(request, "mount")
-            return self._life.explain(cid, mnt_id, _number(request, "namespace"))
+            container, answerer = self._life.about(_text(request, "id"))
+            return explain.mount(
+                container, answerer, _number(request, "mount"), _number(request, "namespace")
+            )
         raise ProtocolError(f"unknown operation {op!r}")
 
 

@@ -53,6 +53,11 @@ def tree(container: Container, namespace: int = 0) -> list[dict[str, object]]:
     return rows
 
 
+def whereabouts(container: Container) -> dict[str, object]:
+    """Its first process and, to recognise that by, the inode of its user namespace."""
+    return {"pid": container.pid, "userns": os.fstat(container.userns.fileno()).st_ino}
+
+
 def mount(container: Container, answerer: Answerer, mnt_id: int, namespace: int = 0) -> dict[str, object]:
     """What one mount is, since when, by which lineage, and what each operation on it would get.
 

@@ -12,7 +12,6 @@ import time
 from collections import OrderedDict
 from typing import Any
 
-from interceptor import explain
 from interceptor.config import Config
 from interceptor.containers.prepared import Preparations
 from interceptor.containers.registry import Container, Registry, baseline_of, to_record
@@ -549,18 +548,9 @@ class Lifecycle:
             for m in baseline.mounts.values()
         ]
 
-    def tree(self, cid: str, namespace: int) -> list[dict[str, object]]:
-        """See `interceptor.explain.tree`."""
-        return explain.tree(self._known(cid), namespace)
-
-    def explain(self, cid: str, mnt_id: int, namespace: int) -> dict[str, object]:
-        """See `interceptor.explain.mount`."""
-        return explain.mount(self._known(cid), self._answerer, mnt_id, namespace)
-
-    def whereabouts(self, cid: str) -> dict[str, object]:
-        """Its first process and, to recognise that by, the inode of its user namespace."""
-        container = self._known(cid)
-        return {"pid": container.pid, "userns": os.fstat(container.userns.fileno()).st_ino}
+    def about(self, cid: str) -> tuple[Container, Answerer]:
+        """A container and who answers for it. Raises `ContainerError` where it is not known."""
+        return self._known(cid), self._answerer
 
 
 def _facts(baseline: Baseline) -> Facts:

@@ -40,7 +40,14 @@ ARCHES = [
 ]
 
 #: The same on every architecture.
-NEW_API = {"open_tree": 428, "move_mount": 429, "fsopen": 430, "fsmount": 432, "open_tree_attr": 467, "openat2": 437}
+NEW_API = {
+    "open_tree": 428,
+    "move_mount": 429,
+    "fsopen": 430,
+    "fsmount": 432,
+    "open_tree_attr": 467,
+    "openat2": 437,
+}
 MS_RDONLY, MS_NOSUID, MS_REMOUNT, MS_BIND, MS_MOVE, MS_REC = 1, 2, 0x20, 0x1000, 0x2000, 0x4000
 MS_UNBINDABLE, MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 17, 1 << 18, 1 << 19, 1 << 20
 MGC = 0xC0ED0000

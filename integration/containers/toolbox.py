@@ -34,6 +34,10 @@ deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian
 """
 
 
+#: The container's own /dev/fuse is not for it, and no overlay lies on an overlay.
+_DOCKERD = {"storage-driver": "vfs", "runtimes": {"new": {"path": "/opt/runc/usr/sbin/runc"}}}
+
+
 @dataclass(frozen=True)
 class Box:
     """The container that runs, as the host sees it."""
@@ -61,6 +65,8 @@ def _extras(tree: Path, scratch: Path) -> None:
     subprocess.run(["chroot", str(tree), "useradd", "--create-home", "--uid=1000", "worker"], check=True)
     for name in ("subuid", "subgid"):
         (tree / "etc" / name).write_text("worker:2000:50000\n")
+    (tree / "etc/docker").mkdir(exist_ok=True)
+    (tree / "etc/docker/daemon.json").write_text(json.dumps(_DOCKERD))
 
 
 def _download(scratch: Path, package: str) -> Path:

@@ -49,8 +49,8 @@ class Toolbox:
         return self.run(*wrap, "sh", "-euc", script, user=user)
 
     def mounts(self) -> list[str]:
-        """Mount points of the container's own mount namespace, in order."""
-        return [line.split()[4] for line in self.run("cat", "/proc/1/mountinfo").splitlines()]
+        """Mount points of the container's own mount namespace."""
+        return sorted(line.split()[4] for line in self.run("cat", "/proc/1/mountinfo").splitlines())
 
     def interceptor(self, *arguments: str) -> object:
         """What the command line tells of it."""

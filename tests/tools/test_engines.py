@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -109,3 +110,11 @@ def test_buildah(toolbox: Toolbox, isolation: str, network: str) -> None:
         "/usr/bin/stat -f -c %t /proc/sys /sys/kernel; buildah rm $c >/dev/null"
     )
     assert toolbox.sh(script, "unshare", "-m").split() == [FUSE, FUSE]
+
+
+@pytest.mark.parametrize("inner", ["runc", "new"])
+def test_dockerd(toolbox: Toolbox, inner: str) -> None:
+    """It sets a sysctl in each container that has a network of its own."""
+    script = (Path(__file__).parent / "docker_run.py").read_text()
+    told = toolbox.run("python3", "-", inner, *LOOK, stdin=script)
+    assert told.split() == [FUSE, FUSE, FUSE]
