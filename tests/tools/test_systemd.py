@@ -36,7 +36,8 @@ PROPERTIES = {
     "ProtectKernelModules=yes": 'test -z "$(ls -A /usr/lib/modules 2>/dev/null)"; ',
     "ProtectKernelLogs=yes": 'test -z "$(cat /proc/kmsg 2>&1 | grep -v denied)"; ',
     "ProtectControlGroups=yes": "! mkdir /sys/fs/cgroup/x 2>/dev/null; ",
-    "ProtectHostname=yes": "! sh -c 'echo x > /proc/sys/kernel/hostname' 2>/dev/null; ",
+    "ProtectHostname=yes": "test $(readlink /proc/self/ns/uts) != $(readlink /proc/1/ns/uts); "
+    "! hostname x 2>/dev/null; ",
     "ProtectClock=yes": "true; ",
     "ProtectProc=invisible": "findmnt -no OPTIONS /proc | grep -q hidepid=invisible; ",
     "ProtectProc=noaccess": "findmnt -no OPTIONS /proc | grep -q hidepid=noaccess; ",
