@@ -90,6 +90,7 @@
 #define IX_NS_GET_MNTNS_ID _IOR(0xb7, 0x5, uint64_t)
 #define IX_PROC_SUPER_MAGIC 0x9fa0
 #define IX_SYSFS_MAGIC 0x62656572
+#define IX_FUSE_SUPER_MAGIC 0x65735546
 
 /* Ownership by attribute: a descriptor that closes itself when its scope ends. */
 static inline void ix_close_fd(int *fd)

@@ -177,12 +177,21 @@ struct ix_reply ix_decide(struct ix_call *call, enum ix_op op, int fd, const str
 	return ix_act(call, answer, ix_take_fd(&call->question->answer_fd));
 }
 
+/* The way to the top leads through the directory: not where the container serves it. Device numbers are reused, so they
+ * do not tell; a mount's own filesystem does. */
+static bool may_never_answer(struct ix_call *call)
+{
+	uint64_t magic;
+	return !ix_is_ours(call, call->target, &call->target_stat) &&
+	       (ix_mount_magic(call, call->target_stat.mnt_id, &magic) < 0 || magic == IX_FUSE_SUPER_MAGIC);
+}
+
 /* What umount2(2) takes is the top of what is mounted at the place, however the path leads there (LOOKUP_MOUNTPOINT). */
 static int step_to_top(struct ix_call *call)
 {
 	cleanup_close int top = -1;
 	if (S_ISDIR(call->target_stat.mode))
-		top = ix_top_of(call->target);
+		top = may_never_answer(call) ? -1 : ix_top_of(call->target);
 	else if (call->target_stat.mount_root && ix_has_mounts_below(call, call->target_stat.mnt_id))
 		top = ix_top_of_file(call, call->target_stat.mnt_id);
 	else

@@ -101,7 +101,8 @@ def normal(mounts: list[Mount]) -> tuple[str, ...]:
     groups = _numbered()
 
     def line(m: Mount) -> str:
-        optional = _NUMBER.sub(lambda found: f" {found[1]}:{groups(found[2])}", m.optional.replace(" ", ""))
+        fields = "".join(f" {word}" for word in m.optional.split())
+        optional = _NUMBER.sub(lambda found: f"{found[1]}:{groups(found[2])}", fields)
         return (
             f"{place(m)} on {parent(m)} dev {devices(m.dev)} root {m.root} {m.options}{optional} "
             f"- {m.fstype} {m.source} {m.super_options}"

@@ -265,7 +265,8 @@ class Stage:
 
 def _leaves_traces(script: tuple[Call, ...], answers: list[str]) -> bool:
     """Whether the process, a file, a context or a detached tree of the stage's may not be what it was."""
-    return any(
+    # EAGAIN: a mount is marked, and expires the next time.
+    return "EAGAIN" in answers or any(
         call.name in _TRACES and not said.startswith("E") for call, said in zip(script, answers, strict=True)
     )
 

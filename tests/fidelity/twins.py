@@ -23,8 +23,8 @@ Script = tuple[Call, ...]
 #: What each call of a script answered, and the mounts thereafter; None: as before.
 Outcome = tuple[tuple[str, ...], tuple[str, ...] | None]
 
-#: Seconds for all scripts of one run.
-PATIENCE = 600.0
+#: Seconds for one script; a hundred of them are sent at once.
+PATIENCE = 300.0
 
 _FUSE = os.makedev(10, 229)
 
