@@ -6,10 +6,12 @@ import contextlib
 import ctypes
 import errno
 import os
+import signal
 import socket
 from collections.abc import Callable
 from functools import partial
 
+import prctl
 import pytest
 
 from interceptor.kernel import mount as km
@@ -195,6 +197,8 @@ class Other:
             unshare(flags)
             if flags & CLONE_NEWUSER:
                 become_root()
+            # It must not outlive who waits for the end of all that holds a pipe. (Credentials clear this.)
+            prctl.set_pdeathsig(signal.SIGKILL)
             before(theirs)
             theirs.send(b"r")
             theirs.recv(1)
