@@ -4,7 +4,9 @@ workshop. Nothing the guard says about a mount is believed; only its descriptors
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -30,6 +32,8 @@ _REQUESTS = {
     Op.REMOUNT: Request.REMOUNT,
 }
 _CHAIN_MAX = 256
+#: How many mount namespaces made after a container's first are looked at for originals: no call may take for ever.
+_NAMESPACES_MAX = 256
 #: How long a context may be in use by another call of the container's: seconds.
 _CONTEXT_BUSY_S = 0.005
 #: How many descriptors of a question, the first ones, are namespaces.
@@ -307,8 +311,29 @@ def _masters(scenes: Iterable[Iterable[MountStat]]) -> dict[int, int]:
     return {m.peer_group: m.master for mounts in scenes for m in mounts if m.peer_group and m.master}
 
 
-def _originals(container: Container, scene: Scene) -> list[tuple[MountStat, MountStat]]:
-    """Original bases with what they are mounted on: the first namespace's, and the caller's own."""
+def _other_scenes(container: Container, scene: Scene) -> list[Scene]:
+    """The container's other mount namespaces, but for the first: what is cloned has originals of its own."""
+    known = (scene.namespace, container.baseline.namespace)
+    scenes: list[Scene] = []
+    try:
+        first = namespaces.open_namespace(container.pid, "mnt")
+    except OSError:
+        return scenes
+    with first:
+        later = namespaces.later_mount_namespaces(first)
+        for fd, number in itertools.islice(later, _NAMESPACES_MAX):
+            if number not in known and namespaces.belongs_to(fd, container.userns):
+                with contextlib.suppress(SyscallError):  # it may have ended meanwhile
+                    other = Scene(number)
+                    other.below(stat.LSMT_ROOT)
+                    scenes.append(other)
+    return scenes
+
+
+def _originals(
+    container: Container, scene: Scene, others: Iterable[Scene]
+) -> list[tuple[MountStat, MountStat]]:
+    """Original bases with what they are mounted on: the first namespace's, the caller's own, other ones'."""
     baseline = container.baseline
     found = []
     for recorded in baseline.bases():
@@ -316,10 +341,12 @@ def _originals(container: Container, scene: Scene) -> list[tuple[MountStat, Moun
         parent = scene.mount(original.parent_id, baseline.namespace) if original is not None else None
         if original is not None and parent is not None:
             found.append((original, parent))
-    if scene.namespace != baseline.namespace:
-        for base in (m for m in scene.below(stat.LSMT_ROOT) if is_base(m)):
-            chain = scene.chain(base.mnt_id)
-            if len(chain) > 1 and classify(chain, baseline, scene.namespace) is MountClass.ORIGINAL_BASE:
+    for cloned in (scene, *others):
+        if cloned.namespace == baseline.namespace:
+            continue
+        for base in (m for m in cloned.below(stat.LSMT_ROOT) if is_base(m)):
+            chain = cloned.chain(base.mnt_id)
+            if len(chain) > 1 and classify(chain, baseline, cloned.namespace) is MountClass.ORIGINAL_BASE:
                 found.append((chain[0], chain[1]))
     return found
 
@@ -329,10 +356,11 @@ def _reaches_original(container: Container, scene: Scene, targets: Iterable[list
     shared = [chain for chain in targets if len(chain) > 1 and chain[1].peer_group]
     if not shared:
         return False
-    first = Scene(container.baseline.namespace)
-    masters = _masters([scene.below(stat.LSMT_ROOT), first.below(stat.LSMT_ROOT)])
+    others = _other_scenes(container, scene)
+    scenes = (scene, Scene(container.baseline.namespace), *others)
+    masters = _masters([s.below(stat.LSMT_ROOT) for s in scenes])
     return any(
         reaches(chain[0], chain[1], original, parent, masters)
-        for original, parent in _originals(container, scene)
+        for original, parent in _originals(container, scene, others)
         for chain in shared
     )

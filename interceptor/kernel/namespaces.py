@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,8 +13,6 @@ from interceptor.kernel import stat
 from interceptor.kernel.call import c_fd, checked
 from interceptor.kernel.fd import FdLike, OwnedFd
 from interceptor.kernel.flags import CLONE_FS, CLONE_NEWNS
-
-_NS_GET_USERNS = 0xB701
 
 
 def setns(fd: FdLike, kind: int) -> None:
@@ -33,6 +32,7 @@ def open_namespace(pid: int, name: str) -> OwnedFd:
 
 _NS_GET_USERNS = 0xB701
 _NS_GET_PARENT = 0xB702
+_NS_MNT_GET_NEXT = 0x8010B70B
 _NESTING_MAX = 33
 """Of user namespaces (kernel/user_namespace.c)."""
 
@@ -59,6 +59,25 @@ def belongs_to(fd: FdLike, user_namespace: FdLike) -> bool:
 def owner(namespace: FdLike) -> OwnedFd:
     """The user namespace that owns a namespace (ioctl_ns(2)). Raises `OSError`: EPERM outside of one's own."""
     return OwnedFd(fcntl.ioctl(c_fd(namespace), _NS_GET_USERNS))
+
+
+def later_mount_namespaces(namespace: FdLike) -> Iterator[tuple[OwnedFd, int]]:
+    """Every mount namespace made after one, with its ID (NS_MNT_GET_NEXT of ioctl_nsfs(2), 6.12+; before: none).
+
+    Only those whose owner grants the caller CAP_SYS_ADMIN. A descriptor is closed when the next one is asked for.
+    """
+    info = bytearray(16)  # struct mnt_ns_info: size, number of mounts, ID
+    at = OwnedFd(os.dup(c_fd(namespace)))
+    while True:
+        info[:4] = len(info).to_bytes(4, sys.byteorder)
+        try:
+            following = OwnedFd(fcntl.ioctl(at.fileno(), _NS_MNT_GET_NEXT, info, True))
+        except OSError:
+            return  # ENOENT: that was the last
+        finally:
+            at.close()
+        at = following
+        yield at, int.from_bytes(info[8:], sys.byteorder)
 
 
 def become_visitor() -> None:

@@ -69,6 +69,36 @@ def test_in_a_peer_namespace(box: Box, user: int) -> None:
         assert set(tried.values()) <= {errno.EBUSY, errno.EINVAL}
 
 
+@pytest.mark.parametrize("user", [0, CLONE_NEWUSER])
+def test_in_a_third_namespace(box: Box, user: int) -> None:
+    """Neither the container's first nor the caller's own, which is in no group with it any more: found by search."""
+
+    def attack(where: Where) -> tuple[int, bool, int]:
+        unshare(CLONE_NEWNS)
+        share_root()
+        before = mount_ids(BASES)
+
+        def caller() -> int:
+            unshare(CLONE_NEWNS | user)
+            if user:
+                become_root()
+                propagation(b"/", SHARED, recursive=True)
+            peer = where.work(b"peer")
+            rbind(b"/", peer)
+            propagation(b"/", PRIVATE)
+            return try_umount(peer + b"/proc", UmountFlag.MNT_DETACH)
+
+        error = apart(caller)
+        stays = mount_ids(BASES) == before
+        return error, stays, len(before)
+
+    error, stays, count = box.attack("plain", attack)
+    assert count == 2
+    if box.decides:
+        # In a user namespace inside, what came along is locked, and nothing propagates outwards.
+        assert (error, stays) == (errno.EINVAL if user else errno.EBUSY, True)
+
+
 def test_by_way_of_slaves_of_slaves(box: Box) -> None:
     def attack(where: Where) -> int:
         os.makedirs("/one")
