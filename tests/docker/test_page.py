@@ -26,4 +26,4 @@ def test_the_page_does_what_it_says() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the original stays" in done.stdout
     # `interceptor ps` names the container, `docker commit` the image.
-    assert "sha256:" in done.stdout.splitlines()[-1]
+    assert "sha256:" in done.stdout.strip().splitlines()[-1]
