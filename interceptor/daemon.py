@@ -116,7 +116,7 @@ class Daemon:
             return {}
         if op == "prepare":
             return await self._prepared.prepare(request)
-        if op == "explain":
+        if op == "ownership":
             return self._prepared.explain(_text(request, "id"))
         if op == "release":
             self._life.remove(_text(request, "id"), "released")

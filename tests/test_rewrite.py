@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tomllib
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from interceptor.oci.rewrite import (
     rewrite,
     rewrite_process,
 )
+from interceptor.oci.runtime import plain_values
 from interceptor.oci.seccomp import oci_fragment
 from interceptor.oci.settings import OWNERSHIPS, Settings, read_settings
 
@@ -311,6 +313,41 @@ def test_wrong_settings_are_refused_by_name(entry: str, message: str) -> None:
 
 
 # ---- the command line ----
+
+LINES = st.lists(
+    st.one_of(
+        st.sampled_from(
+            [
+                'runtime = "crun"',
+                "runtime='x'",
+                'runtime_dir = "/run/a"  ',
+                'runtime = "a\\tb"',
+                '"runtime" = "q"',
+                'runtime_dir = "/x" # why',
+                "id_count = 5",
+                '# runtime = "no"',
+                "[table]",
+                'subuid = """',
+                "ownership_strategies = [",
+                "]",
+            ]
+        ),
+        st.text(st.characters(codec="ascii"), max_size=20),
+    ),
+    max_size=6,
+)
+
+
+@given(LINES)
+def test_a_configuration_that_is_read_without_a_parser_is_read_alike(lines: list[str]) -> None:
+    text = "\n".join(lines)
+    plain = plain_values(text.encode())
+    try:
+        whole = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return  # the daemon, which reads the same file, refuses it
+    if plain is not None and not any(isinstance(value, dict) for value in whole.values()):
+        assert plain == {key: whole[key] for key in ("runtime", "runtime_dir") if key in whole}
 
 
 def test_what_containerd_says_is_understood() -> None:

@@ -13,4 +13,4 @@ from interceptor.cli.common import ask_daemon, config_option, json_option, print
 @json_option
 def command(id: str, config: str | None, as_json: bool) -> None:
     """Say for the root filesystem and each bind of a container how owners are mapped, and why so."""
-    print_facts(ask_daemon(config, {"op": "explain", "id": id}), as_json, empty="nothing is mapped")
+    print_facts(ask_daemon(config, {"op": "ownership", "id": id}), as_json, empty="nothing is mapped")

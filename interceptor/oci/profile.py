@@ -21,9 +21,8 @@ Json = dict[str, Any]
 TRAPPED = tuple(dict.fromkeys(rule.syscall for rule in RULES))
 
 #: The rest of the mount family. The welds hold against all of it, so a container may call it.
-MOUNT_FAMILY = (
-    *("fsconfig", "fspick", "mount_setattr", "open_tree_attr", "pivot_root", "statmount", "listmount"),
-)
+_FAMILY = ("fsconfig", "fspick", "mount_setattr", "open_tree_attr", "pivot_root", "statmount", "listmount")
+MOUNT_FAMILY = tuple(name for name in _FAMILY if name not in TRAPPED)
 
 #: What the capabilities of a system container let it do in its own namespaces, and what engines inside it need.
 #: Docker's default profile has the same calls under CAP_SYS_ADMIN and so on; keyrings belong to a user namespace (5.2).

@@ -95,7 +95,7 @@ def test_exceptions_from_mapping(docker: Docker, tmp_path: Path) -> None:
         f"{script}; sleep 60",
     )
     [cid] = [one["id"] for one in docker.daemon.ask("ps")]
-    decided = {one["path"]: one for one in docker.daemon.ask("explain", id=cid)}
+    decided = {one["path"]: one for one in docker.daemon.ask("ownership", id=cid)}
     assert decided["/"]["strategy"] == decided["/etc/hosts"]["strategy"] == "idmapped"
     for point, word in (
         ("/inside", "already"),
