@@ -13,7 +13,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from interceptor.view.envoy import Container
@@ -44,6 +44,8 @@ class Inode:
     """Whether the container's own value is meant, and not the real node. Valid once `attr` is known."""
     attr_until: float = 0.0
     """Until when, by the monotonic clock, `attr` may be given out again."""
+    pumped: int = -1
+    """The envoy from which the pump reads it; -1: it does not."""
 
 
 class Ledger:
@@ -113,6 +115,7 @@ class InodeTable:
         self._by_path: dict[tuple[Container, Base | None, bytes], Inode] = {}
         self._next = self.root.number + 1
         self._ledger = ledger
+        self.dropped: Callable[[int], None] = lambda _number: None
 
     def __len__(self) -> int:
         return len(self._by_number)
@@ -180,8 +183,10 @@ class InodeTable:
 
     def _drop(self, inode: Inode) -> None:
         assert inode.container is not None
-        if self._by_number.pop(inode.number, None) is not None and self._ledger is not None:
-            self._ledger.remove(inode.number)
+        if self._by_number.pop(inode.number, None) is not None:
+            self.dropped(inode.number)
+            if self._ledger is not None:
+                self._ledger.remove(inode.number)
         key = (inode.container, inode.base, inode.path)
         if self._by_path.get(key) is inode:
             del self._by_path[key]
