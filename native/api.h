@@ -268,4 +268,4 @@ void ix_pump_envoy_gone(struct ix_pump *pump, int envoy);
 void ix_pump_envoy_owes(struct ix_pump *pump, int envoy, int answers);
 int ix_pump_learn(struct ix_pump *pump, uint64_t id, int envoy, int base, const char *path, size_t len);
 void ix_pump_forget(struct ix_pump *pump, uint64_t id);
-int ix_pump_receive(struct ix_pump *pump, void *buffer, size_t size, uint32_t *asked);
+int ix_pump_receive(struct ix_pump *pump, int others, void *buffer, size_t size, uint32_t *asked);

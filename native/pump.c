@@ -15,7 +15,8 @@
 enum {
 	BUCKETS = 4096, ENDS = 1024, PATHS_MAX = 4095, DATA_MAX = 65536, OP_READ = 3,
 	PATIENCE_US = 500,                       /* for an envoy, while everybody waits */
-	SULK_NS = 100 * 1000 * 1000,             /* how long an envoy goes the long way after that */
+	SULK_NS = 10 * 1000 * 1000,              /* how long an envoy goes the long way after that */
+	LINGER_US = 200,                         /* for what follows a request that was served here */
 	BATCH = 64,
 };
 #define OURS (1ULL << 62)                        /* handles that we gave out, and numbers of our requests */
@@ -255,18 +256,31 @@ static uint32_t serve(struct ix_pump *pump, const struct fuse_in_header *head, s
 	return len < sizeof(*head) + sizeof(struct fuse_read_in) ? 0 : serve_read(pump, head, body, node);
 }
 
-/* The next request that is not answered here: its length, or -errno (-EAGAIN: none now, or others should have their
- * turn). *asked: 0, or the number under which the envoy of that READ has been asked and still owes the answer. */
-int ix_pump_receive(struct ix_pump *pump, void *buffer, size_t size, uint32_t *asked)
+/* After an open comes a read: going through all that the caller watches in between would take as long as both. */
+static bool more_soon(const struct ix_pump *pump, int others)
 {
+	struct pollfd p[] = {{.fd = pump->device, .events = POLLIN}, {.fd = others, .events = POLLIN}};
+	struct timespec linger = {.tv_nsec = LINGER_US * 1000};
+	return ppoll(p, 2, &linger, NULL) > 0 && p[0].revents;
+}
+
+/* The next request that is not answered here: its length, or -errno (-EAGAIN: none now, or others should have their
+ * turn). `others` becomes readable when something else needs the caller, an epoll instance. *asked: 0, or the number
+ * under which the envoy of that READ has been asked and still owes the answer. */
+int ix_pump_receive(struct ix_pump *pump, int others, void *buffer, size_t size, uint32_t *asked)
+{
+	bool served = false;
 	for (int i = 0; i < BATCH; i++) {
 		ssize_t n = read(pump->device, buffer, size);
 		if (n < 0 && (errno == EINTR || errno == ENOENT))
 			continue;                /* interrupted before we saw it */
+		if (n < 0 && errno == EAGAIN && served && more_soon(pump, others))
+			continue;
 		if (n < 0)
 			return -errno;
 		uint32_t done = serve(pump, buffer, (size_t)n);
-		if (done == 1)
+		served = done == 1;
+		if (served)
 			continue;
 		*asked = done;
 		return (int)n;

@@ -22,12 +22,12 @@ class Pump:
         self._size = len(buffer)
         self._asked = ffi.new("uint32_t *")
 
-    def receive(self) -> tuple[int, int] | None:
+    def receive(self, others: int) -> tuple[int, int] | None:
         """Length of the next request for us, and the number under which an envoy has been asked for it already, or 0.
 
-        None if there is none now. Raises `SyscallError`, with ENODEV once unmounted.
+        None if there is none now, or if ``others``, an epoll instance, is ready. Raises `SyscallError`, with ENODEV once unmounted.
         """
-        length = lib.ix_pump_receive(self._pump, self._buffer, self._size, self._asked)
+        length = lib.ix_pump_receive(self._pump, others, self._buffer, self._size, self._asked)
         if length >= 0:
             return int(length), int(self._asked[0])
         if length == -errno.EAGAIN:

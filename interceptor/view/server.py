@@ -116,7 +116,7 @@ class Server:
             if inherited:
                 log.warning("taken_over", containers=len(self._view.containers), inodes=inherited)
                 self._session.take_over()
-            self._watch(self._session.fileno(), lambda _events: self._session.receive())
+            self._watch(self._session.fileno(), lambda _events: self._session.receive(self._poll.fileno()))
             self._watch(self._control.fileno(), lambda _events: self._take_order())
         return encode_answer()
 

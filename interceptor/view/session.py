@@ -52,11 +52,11 @@ class Session:
             # A connection that nobody has answered INIT on yet, or Linux before 6.9.
             log.warning("requests_not_resent", error=str(error))
 
-    def receive(self) -> None:
-        """Take what is there and start on it."""
+    def receive(self, others: int) -> None:
+        """Take what is there and start on it, until ``others``, an epoll instance, is ready."""
         for _ in range(_BATCH):
             try:
-                received = self.pump.receive()
+                received = self.pump.receive(others)
             except OSError as error:
                 if error.errno != errno.ENODEV:
                     log.error("device_failed", error=str(error))
