@@ -23,7 +23,7 @@ class Pump:
         self._asked = ffi.new("uint32_t *")
 
     def receive(self, others: int) -> tuple[int, int] | None:
-        """Length of the next request for us, and the number under which an envoy has been asked for it already, or 0.
+        """Length of the next request for us, and the number under which an envoy has been asked for it, or 0.
 
         None if there is none now, or if ``others``, an epoll instance, is ready. Raises `SyscallError`, with ENODEV once unmounted.
         """
