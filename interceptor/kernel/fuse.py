@@ -25,7 +25,7 @@ class Pump:
     def receive(self, others: int) -> tuple[int, int] | None:
         """Length of the next request for us, and the number under which an envoy has been asked for it, or 0.
 
-        None if there is none now, or if ``others``, an epoll instance, is ready. Raises `SyscallError`, with ENODEV once
+        None if there is none now, or if ``others``, an epoll instance, is ready. Raises `SyscallError`: ENODEV once
         unmounted.
         """
         length = lib.ix_pump_receive(self._pump, others, self._buffer, self._size, self._asked)
