@@ -258,3 +258,14 @@ int ix_resolve(int proc_fd, int tid, int dirfd, const char *path, int follow);
 
 /* ---- envoy.c ----------------------------------------------------------------------------------------------- */
 int ix_envoy(int sock, int proc_fd, int sys_fd, int pidfd);
+
+/* ---- pump.c ------------------------------------------------------------------------------------------------ */
+struct ix_pump;
+struct ix_pump *ix_pump_new(int device, uint64_t handle);
+void ix_pump_free(struct ix_pump *pump);
+int ix_pump_envoy(struct ix_pump *pump, int fd);
+void ix_pump_envoy_gone(struct ix_pump *pump, int envoy);
+void ix_pump_envoy_owes(struct ix_pump *pump, int envoy, int answers);
+int ix_pump_learn(struct ix_pump *pump, uint64_t id, int envoy, int base, const char *path, size_t len);
+void ix_pump_forget(struct ix_pump *pump, uint64_t id);
+int ix_pump_receive(struct ix_pump *pump, int others, void *buffer, size_t size, uint32_t *asked);

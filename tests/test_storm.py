@@ -113,3 +113,14 @@ def test_a_quick_run_has_every_figure(tmp_path: Path) -> None:
         assert found["us"][figure]["guarded"]["20"]["p50"] > 0
         assert len(found["samples_ns"][figure]["guarded"]["20"]) == 2
     assert found["us"]["denied"].keys() == {"kernel", "floor_answer", "floor_resolve", "guarded"}
+
+
+@pytest.mark.root
+def test_a_quick_run_through_the_view_has_every_ratio(tmp_path: Path) -> None:
+    written = tmp_path / "view.json"
+    argv = [sys.executable, "-m", "integration.storm", "view", "--quick", "--json", str(written)]
+    subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    found = json.loads(written.read_text())
+    assert set(found["bars"]) <= set(found["ratios"])
+    assert {"uptime_vs_lxcfs", "passthrough_vs_lxcfs"} <= set(found["ratios"])
+    assert all(value > 0 for value in found["ratios"].values())

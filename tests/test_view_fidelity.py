@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import stat
 import subprocess
@@ -372,6 +373,13 @@ def test_shells_ways_of_writing_take_effect(view: ViewProcess, box: Sandbox, fla
     assert view.run(twice, box) == ["33\n", "44\n"]
 
 
+def polled(fd: int) -> list[int]:
+    """What poll(2) says at once."""
+    poller = select.poll()
+    poller.register(fd, select.POLLIN | select.POLLOUT | select.POLLPRI)
+    return [events for _, events in poller.poll(0)]
+
+
 def test_offsets_work_as_sysctl_has_them(view: ViewProcess, box: Sandbox) -> None:
     path = "sys/net/ipv4/ip_local_port_range"
     bare = f"/proc/self/fd/{box.proc.fileno()}/{path}"
@@ -388,6 +396,7 @@ def test_offsets_work_as_sysctl_has_them(view: ViewProcess, box: Sandbox) -> Non
             os.pread(fd, 4, 2).decode(),
             outcome(lambda: os.pwrite(fd, b"x", 3)),
             os.lseek(fd, 0, os.SEEK_CUR),
+            polled(fd),
         ]
         os.close(fd)
         return steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import stat
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -15,7 +16,7 @@ from interceptor.view import proc
 from interceptor.view import sys as sysfs
 from interceptor.view.envoy import Container, Envoy
 from interceptor.view.host import OverflowIds
-from interceptor.view.inodes import InodeTable
+from interceptor.view.inodes import InodeTable, Ledger
 from interceptor.view.nodes import (
     REAL,
     Directory,
@@ -232,3 +233,49 @@ def test_memory_is_given_back_with_the_last_forget(lookups: list[tuple[int, int]
     assert len(table) == 1
     table.forget(table.root.number, 1000)
     assert table.get(table.root.number) is table.root
+
+
+def test_a_successor_knows_the_numbers_that_the_kernel_was_told(tmp_path: Path) -> None:
+    path = str(tmp_path / "inodes")
+    table, one = InodeTable(Ledger(path)), container("one")
+    assert table.inherit({"one": one}, TABLE) == 0
+    kept = table.intern(one, Base.PROC, b"sys/vm/swappiness", None, stat.S_IFREG)
+    plain = table.intern(one, None, b"", None, stat.S_IFDIR)
+    gone = table.intern(one, Base.SYS, b"kernel", None, stat.S_IFDIR)
+    gone.lookups += 1
+    table.flush()
+    table.forget(gone.number, 1)
+    table.flush()
+    with open(path, "ab") as file:
+        file.write(
+            b"99 100644 one 0 sys/cut sho"
+        )  # killed in the middle of a line: the kernel never heard of it
+    one_again = container("one")
+    successor = InodeTable(Ledger(path))
+    assert successor.inherit({"one": one_again}, TABLE) == 2
+    found = successor.get(kept.number)
+    assert (found.path, found.base, found.kind) == (b"sys/vm/swappiness", Base.PROC, stat.S_IFREG)
+    assert found.row is TABLE.find(Base.PROC, b"sys/vm/swappiness") and found.container is one_again
+    assert successor.get(plain.number).base is None
+    with pytest.raises(NodeError):
+        successor.get(gone.number)
+    assert successor.intern(one_again, Base.PROC, b"new", None, stat.S_IFREG).number > gone.number
+    successor.forget(kept.number, 5)
+    assert successor.get(kept.number) is found, "how often a predecessor told the kernel is not known"
+    successor.drop_inherited(one_again)
+    assert len(successor) == 2
+
+
+def test_the_ledger_does_not_grow_for_ever(tmp_path: Path) -> None:
+    path = tmp_path / "inodes"
+    table, one = InodeTable(Ledger(str(path))), container("one")
+    table.inherit({"one": one}, TABLE)
+    for _ in range(25000):
+        inode = table.intern(one, Base.PROC, b"sys/vm", None, stat.S_IFDIR)
+        inode.lookups += 1
+        table.flush()
+        table.forget(inode.number, 1)
+    assert path.read_bytes().count(b"\n") < 25000
+    successor = InodeTable(Ledger(str(path)))
+    successor.inherit({"one": one}, TABLE)
+    assert successor.intern(one, Base.PROC, b"x", None, stat.S_IFREG).number > inode.number

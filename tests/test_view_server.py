@@ -141,6 +141,49 @@ def test_stuck_envoy_is_eio_in_time_and_delays_nobody_else(
     assert server.run(lambda: read(node("proc/sys/kernel/hostname", "stuck"))).endswith("\n")
 
 
+def test_caller_that_is_killed_does_not_wait_for_a_stuck_envoy(
+    sandboxes: Callable[[str], Sandbox],
+) -> None:
+    """A container that dies in mid-operation; one whose processes are frozen holds up nobody either."""
+    limit_s = 60.0
+    server = ViewProcess("--envoy-timeout", str(limit_s))
+    stuck, free = sandboxes("stuck"), sandboxes("free")
+    try:
+        server.add(stuck)
+        server.add(free)
+        path = node("proc/sys/kernel/hostname", "stuck")
+        assert server.run(lambda: read(path)).endswith("\n")
+        os.kill(stuck.envoy, signal.SIGSTOP)
+        os.waitpid(stuck.envoy, os.WUNTRACED)
+        begin = time.monotonic()
+        pids = []
+        for _ in range(3):
+            pid = os.fork()
+            if pid == 0:
+                server.enter_namespace()
+                outcome(read, path)
+                os._exit(0)
+            pids.append(pid)
+        while not all("fuse" in _blocked_in(pid) or "request_wait" in _blocked_in(pid) for pid in pids):
+            assert time.monotonic() - begin < WAIT_S, [_blocked_in(pid) for pid in pids]
+        os.kill(pids[0], signal.SIGSTOP)  # frozen: it stays where it is
+        os.kill(pids[1], signal.SIGKILL)
+        assert reap(pids[1]) == -signal.SIGKILL
+        assert server.run(lambda: read(node("proc/sys/kernel/hostname", "free"))).endswith("\n")
+        assert server.tell(Remove("stuck")) == {"ok": True}
+        assert reap(pids[2]) == 0, "the container is gone: whoever still waits hears of it"
+        os.kill(pids[0], signal.SIGKILL)
+        reap(pids[0])
+        assert time.monotonic() - begin < limit_s / 2
+    finally:
+        server.stop()
+
+
+def _blocked_in(pid: int) -> str:
+    with open(f"/proc/{pid}/stack") as file:
+        return file.read()
+
+
 def test_envoy_that_talks_nonsense_is_dropped(
     server: ViewProcess, sandboxes: Callable[[str], Sandbox]
 ) -> None:

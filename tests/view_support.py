@@ -222,6 +222,13 @@ class ViewProcess:
         assert reap(pid) == 0, said
         return json.loads(said)
 
+    def enter_namespace(self) -> None:
+        """Where the view is mounted; for a child."""
+        from interceptor.kernel.flags import CLONE_NEWNS
+        from interceptor.kernel.namespaces import setns
+
+        setns(self.namespace, CLONE_NEWNS)
+
     def mounts(self) -> list[str]:
         lines = Path(f"/proc/{self._holder}/mountinfo").read_text().splitlines()
         return [line for line in lines if f" {MOUNTPOINT} " in line]

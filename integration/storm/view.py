@@ -25,6 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from interceptor.errors import InterceptorError
+from interceptor.kernel.flags import CLONE_NEWNS, MountFlag
+from interceptor.kernel.mount import mount
+from interceptor.kernel.namespaces import unshare
 from interceptor.library import GuardedChild, Interceptor
 from interceptor.spawn.create import spawn
 
@@ -200,6 +203,9 @@ def main(arguments: Sequence[str]) -> int:
     if os.geteuid() != 0:
         print("storm: must be run as root: it makes containers", file=sys.stderr)
         return 1
+    # lxcfs's mount is nobody else's affair.
+    unshare(CLONE_NEWNS)
+    mount(None, "/", None, MountFlag.MS_REC | MountFlag.MS_SLAVE)
     try:
         with console.status("setting up") as status:
             samples = measure(rounds, QUICK_OPENS if options.quick else OPENS, status.update)

@@ -65,8 +65,12 @@ class Envoy:
         time_limit_s: float = TIME_LIMIT_S,
         wants_to_send: Callable[[bool], None] = lambda _wants: None,
         ended: Callable[[], None] = lambda: None,
+        owes: Callable[[int], None] = lambda _answers: None,
     ) -> None:
-        """Takes over the SOCK_SEQPACKET socket. ``ended`` is called once, when it hangs up or is closed."""
+        """Takes over the SOCK_SEQPACKET socket. ``ended`` is called once, when it hangs up or is closed.
+
+        ``owes`` is told how many answers are still to come, in time or late.
+        """
         sock.setblocking(False)
         self._sock = sock
         self._time_limit_s = time_limit_s
@@ -79,6 +83,10 @@ class Envoy:
         self._buffer = bytearray(REPLY_MAX)
         self._wants_to_send = wants_to_send
         self._ended = ended
+        self._owes = owes
+        self._owed = 0
+        self.number = -1
+        """What the pump knows it by; -1 without one."""
         self.alive = True
 
     def fileno(self) -> int:
@@ -103,6 +111,7 @@ class Envoy:
             self._log.warning("envoy_failed", error=str(error))
             self.close()
             return
+        self._owe(-1)
         if self._stuck:
             self._stuck = False
             self._log.warning("envoy_answers_again")
@@ -110,6 +119,10 @@ class Envoy:
         if call is not None:  # else it came after its time limit
             call.reply = reply
             call.settle(reply.error)
+
+    def _owe(self, more: int) -> None:
+        self._owed = max(0, self._owed + more)  # a predecessor's answers are not counted
+        self._owes(self._owed)
 
     def close(self) -> None:
         """Hang up. Calls that are open fail with EIO."""
@@ -150,10 +163,20 @@ class Envoy:
             raise NodeError(errno.ENAMETOOLONG)
         if len(self._calls) >= PENDING_MAX:
             raise NodeError(errno.EAGAIN)
-        self._seq = seq = self._seq + 1 & 0xFFFFFFFF
+        self._seq = seq = self._seq + 1 & 0x7FFFFFFF  # the other half is the pump's
         packet = encode_request(seq, op, base, path, offset=offset, size=size, data=data)
         call = _Call(op, path, time.monotonic() + self._time_limit_s)
         self._send(call, packet)
+        return await self._answer(seq, call)
+
+    async def answer_to(self, seq: int, op: Op, path: bytes) -> Reply:
+        """The reply to a request that somebody else has sent; as `call`."""
+        if not self.alive:
+            raise NodeError(errno.EIO)
+        return await self._answer(seq, _Call(op, path, time.monotonic() + self._time_limit_s))
+
+    async def _answer(self, seq: int, call: _Call) -> Reply:
+        self._owe(1)
         self._calls[seq] = call
         await call
         assert call.reply is not None
@@ -217,6 +240,11 @@ class Container:
     async def read(self, base: Base, path: bytes, offset: int, size: int) -> bytes:
         """At most ``size`` bytes of the real file, and at most `DATA_MAX`."""
         reply = await self.envoy.call(Op.READ, base, path, offset=offset, size=min(size, DATA_MAX))
+        return reply.data[:size]
+
+    async def read_asked(self, path: bytes, seq: int, size: int) -> bytes:
+        """`read`, where the envoy has been asked under ``seq`` already."""
+        reply = await self.envoy.answer_to(seq, Op.READ, path)
         return reply.data[:size]
 
     async def write(self, base: Base, path: bytes, offset: int, data: bytes) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 import structlog
 
+from interceptor.kernel.fuse import Pump
 from interceptor.view import proc, wire
 from interceptor.view import sys as sysfs
 from interceptor.view.envoy import Container
@@ -55,6 +56,7 @@ class View:
         # Above whatever a predecessor gave out.
         self._next_handle = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         self._started_ns = time.time_ns()
+        self._pump: Pump | None = None
         self.handlers: dict[int, Handler] = {
             Opcode.LOOKUP: self.lookup,
             Opcode.GETATTR: self.getattr,
@@ -86,6 +88,11 @@ class View:
         # flush, poll and the other operations on extended attributes stay ENOSYS: the kernel then stops asking and
         # answers by itself (0, always ready, EOPNOTSUPP).
 
+    def use(self, pump: Pump) -> None:
+        """Have the pump serve what it can."""
+        self._pump = pump
+        self.inodes.dropped = pump.forget
+
     # Names and attributes
 
     async def lookup(self, request: Request) -> bytes:
@@ -113,10 +120,25 @@ class View:
         stored: bool,
     ) -> Inode:
         inode = self.inodes.intern(container, base, path, row, stat.S_IFMT(attr.mode))
+        self._seen(inode, attr, stored)
+        return inode
+
+    def _seen(self, inode: Inode, attr: Attr, stored: bool) -> None:
         inode.attr = attr
         inode.stored = stored
         inode.attr_until = time.monotonic() + _attr_cache_s(inode)
-        return inode
+        if self._pump is None or inode.container is None or inode.base is None:
+            return
+        # What everybody may read, and is where it really is, needs nobody's judgement.
+        plain = attr.mode & 0o170444 == stat.S_IFREG | 0o444
+        plain = plain and not stored and inode.row is not None and not callable(inode.row.source)
+        number = inode.container.envoy.number if plain else -1
+        if number != inode.pumped:
+            if number >= 0:
+                self._pump.learn(inode.number, number, inode.base, inode.path)
+            else:
+                self._pump.forget(inode.number)
+            inode.pumped = number
 
     def _resolve(self, parent: Inode, name: bytes) -> tuple[Container, Base | None, bytes, Row | None]:
         if parent.container is None:
@@ -146,9 +168,9 @@ class View:
         if inode.container is None:
             inode.attr = directory_attr(ROOT_MODE, self._started_ns)
         else:
-            looked = await self._look(inode.container, inode.base, inode.path, inode.row)
-            inode.attr, inode.stored = looked
-            inode.attr_until = time.monotonic() + _attr_cache_s(inode)
+            attr, stored = await self._look(inode.container, inode.base, inode.path, inode.row)
+            self._seen(inode, attr, stored)
+            return attr
         return inode.attr
 
     async def getattr(self, request: Request) -> bytes:
@@ -248,6 +270,12 @@ class View:
         else:
             return await self._read_real(container, base, node.path, arguments)
         return content[arguments.offset : arguments.offset + arguments.size]
+
+    async def read_asked(self, request: Request, asked: int) -> bytes:
+        """`read` of a real node, for which the pump has asked the envoy in vain so far."""
+        node = self.inodes.get(request.node)
+        container, _, _ = _of_container(node)
+        return await container.read_asked(node.path, asked, wire.io(request.body).size)
 
     def _made_up(self, container: Container, row: Row, arguments: wire.IoIn) -> bytes:
         """The content of a made-up node: one reader's is the same from its beginning to its end."""

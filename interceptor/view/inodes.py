@@ -13,7 +13,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from interceptor.view.envoy import Container
@@ -24,6 +24,8 @@ from interceptor.view.wire import ROOT_ID
 _NO_BASE = 9
 _INHERITED = 1 << 62
 """Lookups of an inode that a predecessor told the kernel of: more than can be given back."""
+_LINES_MIN, _LINES_EACH = 20000, 4
+"""How many lines the ledger may have, and how many more for each inode, before it is made anew."""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +46,8 @@ class Inode:
     """Whether the container's own value is meant, and not the real node. Valid once `attr` is known."""
     attr_until: float = 0.0
     """Until when, by the monotonic clock, `attr` may be given out again."""
+    pumped: int = -1
+    """The envoy from which the pump reads it; -1: it does not."""
 
 
 class Ledger:
@@ -53,6 +57,8 @@ class Ledger:
         self._path = path
         self._fd = -1
         self._unwritten: list[bytes] = []
+        self.lines = 0
+        """Written since the last `start`."""
 
     def read(self) -> tuple[dict[int, tuple[str, Base | None, bytes, int]], int]:
         """What is in it, by number, and the greatest number. A line cut short by a kill is one never told."""
@@ -79,6 +85,10 @@ class Ledger:
             file.write(b"%d - - %d \n" % (greatest, _NO_BASE))
             file.writelines(_line(inode) for inode in inodes)
         os.rename(beside, self._path)
+        self.lines = 0
+        self._unwritten.clear()
+        if self._fd >= 0:
+            os.close(self._fd)
         self._fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
     def add(self, inode: Inode) -> None:
@@ -94,6 +104,7 @@ class Ledger:
         if self._unwritten:
             if self._fd >= 0:
                 os.write(self._fd, b"".join(self._unwritten))
+                self.lines += len(self._unwritten)
             self._unwritten.clear()
 
 
@@ -113,6 +124,7 @@ class InodeTable:
         self._by_path: dict[tuple[Container, Base | None, bytes], Inode] = {}
         self._next = self.root.number + 1
         self._ledger = ledger
+        self.dropped: Callable[[int], None] = lambda _number: None
 
     def __len__(self) -> int:
         return len(self._by_number)
@@ -129,14 +141,20 @@ class InodeTable:
                 row = None if base is None else table.find(base, path)
                 inode = Inode(number, container, base, path, row, kind, _INHERITED)
                 self._by_number[number] = self._by_path[container, base, path] = inode
-        inherited = [inode for inode in self._by_number.values() if inode is not self.root]
+        inherited = self._known()
         self._ledger.start(inherited, greatest)
         return len(inherited)
 
     def flush(self) -> None:
         """To be called before the kernel is told of inodes that `intern` gave."""
-        if self._ledger is not None:
-            self._ledger.flush()
+        if self._ledger is None:
+            return
+        self._ledger.flush()
+        if self._ledger.lines > _LINES_MIN + _LINES_EACH * len(self._by_number):
+            self._ledger.start(self._known(), self._next - 1)
+
+    def _known(self) -> list[Inode]:
+        return [inode for inode in self._by_number.values() if inode is not self.root]
 
     def get(self, number: int) -> Inode:
         """The inode of this number. `NodeError` ESTALE if the kernel should not know it any more."""
@@ -180,8 +198,10 @@ class InodeTable:
 
     def _drop(self, inode: Inode) -> None:
         assert inode.container is not None
-        if self._by_number.pop(inode.number, None) is not None and self._ledger is not None:
-            self._ledger.remove(inode.number)
+        if self._by_number.pop(inode.number, None) is not None:
+            self.dropped(inode.number)
+            if self._ledger is not None:
+                self._ledger.remove(inode.number)
         key = (inode.container, inode.base, inode.path)
         if self._by_path.get(key) is inode:
             del self._by_path[key]

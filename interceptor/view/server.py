@@ -22,6 +22,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import structlog
 
@@ -115,7 +116,7 @@ class Server:
             if inherited:
                 log.warning("taken_over", containers=len(self._view.containers), inodes=inherited)
                 self._session.take_over()
-            self._watch(self._session.fileno(), lambda _events: self._session.receive())
+            self._watch(self._session.fileno(), lambda _events: self._session.receive(self._poll.fileno()))
             self._watch(self._control.fileno(), lambda _events: self._take_order())
         return encode_answer()
 
@@ -212,13 +213,23 @@ class Server:
         def wants_to_send(wants: bool) -> None:
             self._poll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if wants else 0))
 
+        pump = self._session.pump
+        number = pump.add_envoy(fd)
+
         def ended() -> None:
+            pump.envoy_gone(number)
             self._unwatch(fd)
             self._end_if_useless()
 
         envoy = Envoy(
-            sock, message.id, time_limit_s=self._time_limit_s, wants_to_send=wants_to_send, ended=ended
+            sock,
+            message.id,
+            time_limit_s=self._time_limit_s,
+            wants_to_send=wants_to_send,
+            ended=ended,
+            owes=partial(pump.envoy_owes, number),
         )
+        envoy.number = number
         if known is not None:
             known.owner, known.envoy = owner, envoy
         else:

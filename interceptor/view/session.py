@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
 
 import structlog
 
+from interceptor.kernel.fuse import Pump
 from interceptor.view import wire
 from interceptor.view.filesystem import View
 from interceptor.view.tasks import Task
@@ -31,9 +33,11 @@ class Session:
         """Takes over the descriptor. ``unmounted`` is called when there is nothing more to serve."""
         os.set_blocking(device, False)
         self._device = device
+        self._buffer = bytearray(wire.BUFFER_SIZE)
+        self.pump = Pump(device, time.clock_gettime_ns(time.CLOCK_BOOTTIME), self._buffer)
+        view.use(self.pump)
         self._view = view
         self._unmounted = unmounted
-        self._buffer = bytearray(wire.BUFFER_SIZE)
         self._waiting: dict[int, Task] = {}
 
     def fileno(self) -> int:
@@ -48,23 +52,23 @@ class Session:
             # A connection that nobody has answered INIT on yet, or Linux before 6.9.
             log.warning("requests_not_resent", error=str(error))
 
-    def receive(self) -> None:
-        """Take what is there and start on it."""
+    def receive(self, others: int) -> None:
+        """Take what is there and start on it, until ``others``, an epoll instance, is ready."""
         for _ in range(_BATCH):
             try:
-                length = os.readv(self._device, [self._buffer])
-            except BlockingIOError:
-                return
+                received = self.pump.receive(others)
             except OSError as error:
-                if error.errno in (errno.ENOENT, errno.EINTR):
-                    continue  # interrupted before we saw it
                 if error.errno != errno.ENODEV:
                     log.error("device_failed", error=str(error))
                 self._unmounted()
                 return
-            self._start(wire.parse(self._buffer, length))
+            if received is None:
+                return
+            length, asked = received
+            self._start(wire.parse(self._buffer, length), asked)
 
-    def _start(self, request: Request) -> None:
+    def _start(self, request: Request, asked: int = 0) -> None:
+        """``asked``: a READ for which its envoy has been asked already, under this number."""
         handler = self._view.handlers.get(request.opcode)
         if handler is None:
             self._special(request)
@@ -78,7 +82,8 @@ class Session:
                 self._view.inodes.flush()
                 self._send(wire.refusal(unique, error) if payload is None else wire.reply(unique, payload))
 
-            task = Task(handler.__name__, handler(request), finish)
+            operation = self._view.read_asked(request, asked) if asked else handler(request)
+            task = Task(handler.__name__, operation, finish)
             task.run()
             if task.waiting is not None:
                 self._waiting[unique] = task
