@@ -20,7 +20,7 @@ from interceptor.containers.spec import Bundle, host_id_of_root, mapped_ids, rea
 from interceptor.errors import ContainerError, InterceptorError
 from interceptor.guards.journal import Journal
 from interceptor.guards.keeper import Forked, Keeper
-from interceptor.guards.link import Answer, Ask, Facts, adopt
+from interceptor.guards.link import Answer, Ask, Facts, Repeated, adopt
 from interceptor.guards.supervise import HangUps, Supervisor
 from interceptor.idshift.coherence import Coherence, Pair, open_pair
 from interceptor.kernel import mount, stat
@@ -32,6 +32,7 @@ from interceptor.mounts.lineage import Baseline
 from interceptor.mounts.managed import VIEW_PROC, VIEW_SYS, make_plan
 from interceptor.mounts.weld import Bench, Janitor, Kept, Shelf, Welder
 from interceptor.observe.log import get_logger
+from interceptor.observe.units import unit_of
 from interceptor.oci.state import ContainerProcessState, State
 from interceptor.verdicts import Answerer
 from interceptor.view.client import ViewClient, add_order
@@ -380,11 +381,27 @@ class Lifecycle:
             answer,
             container.listeners,
             lambda: self._persist(container),
+            lambda repeated: self._tell_of_storm(container, repeated),
             lambda index: self._refuse(container, index),
             lambda: self._refuse_all(container),
         )
         self._supervisors[container.cid] = supervisor
         return supervisor
+
+    def _tell_of_storm(self, container: Container, repeated: Repeated) -> None:
+        unit = unit_of(repeated.tid)
+        found = container.baseline.mounts.get(repeated.mnt_id)
+        self._log.warning(
+            "a call is repeated without effect",
+            container=container.cid,
+            op=repeated.op.name.lower(),
+            mount=repeated.mnt_id,
+            path=os.fsdecode(found.point) if found is not None else None,
+            calls=repeated.calls,
+            tid=repeated.tid,
+            unit=unit,
+            hint=f"it came with the container and stays: see why {unit} unmounts it, and have that end",
+        )
 
     # ---- what a successor needs --------------------------------------------------------------------------------
 
