@@ -71,4 +71,4 @@ def _wait_for(path: str, process: subprocess.Popen[bytes]) -> None:
             raise InterceptorError(
                 f"no agent at {path}", "the command of --peer must serve the socket {socket}"
             )
-        time.sleep(0.01)
+        time.sleep(0.01)  # sleep: a stranger's command says in no other way that it is ready

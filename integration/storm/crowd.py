@@ -127,10 +127,9 @@ def crowd(program: Path, containers: int, calls: int = CALLS, idle_seconds: floa
         rates = [_rate(callers, calls // containers or 1) for _ in range(TURNS)]
         made = TURNS * (calls // containers or 1) * containers
         spent, callers_spent = cpu_us(ours) - before, cpu_us(pids) - theirs
-        # The watchdogs look once more, and the tray goes.
-        time.sleep(1)
+        time.sleep(1)  # sleep: the watchdogs look once more, and the tray goes
         quiet = switches(ours)
-        time.sleep(idle_seconds)
+        time.sleep(idle_seconds)  # sleep: this is what is measured
         woken = switches(ours) - quiet
         return Crowd(
             containers=containers,
