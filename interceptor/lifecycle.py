@@ -14,13 +14,13 @@ from typing import Any
 
 from interceptor.config import Config
 from interceptor.containers.prepared import Preparations
-from interceptor.containers.registry import Container, Registry, baseline_of, to_record
+from interceptor.containers.registry import Container, Registry, baseline_of, facts_of, to_record
 from interceptor.containers.setup import Builder, Site
 from interceptor.containers.spec import Bundle, host_id_of_root, mapped_ids, read_bundle
 from interceptor.errors import ContainerError, InterceptorError
 from interceptor.guards.journal import Journal
 from interceptor.guards.keeper import Forked, Keeper
-from interceptor.guards.link import Answer, Ask, Facts, adopt
+from interceptor.guards.link import Answer, Ask, Repeated, adopt
 from interceptor.guards.supervise import HangUps, Supervisor
 from interceptor.idshift.coherence import Coherence, Pair, open_pair
 from interceptor.kernel import mount, stat
@@ -28,10 +28,10 @@ from interceptor.kernel.fd import OwnedFd
 from interceptor.kernel.namespaces import open_namespace, visiting
 from interceptor.kernel.process import pidfd_open
 from interceptor.mounts.composite import HARDENED, Composer, Material, Shields
-from interceptor.mounts.lineage import Baseline
 from interceptor.mounts.managed import VIEW_PROC, VIEW_SYS, make_plan
 from interceptor.mounts.weld import Bench, Janitor, Kept, Shelf, Welder
 from interceptor.observe.log import get_logger
+from interceptor.observe.units import unit_of
 from interceptor.oci.state import ContainerProcessState, State
 from interceptor.verdicts import Answerer
 from interceptor.view.client import ViewClient, add_order
@@ -376,15 +376,31 @@ class Lifecycle:
             },
             container.userns,
             journal,
-            lambda: _facts(container.baseline),
+            lambda: facts_of(container.baseline),
             answer,
             container.listeners,
             lambda: self._persist(container),
+            lambda repeated: self._tell_of_storm(container, repeated),
             lambda index: self._refuse(container, index),
             lambda: self._refuse_all(container),
         )
         self._supervisors[container.cid] = supervisor
         return supervisor
+
+    def _tell_of_storm(self, container: Container, repeated: Repeated) -> None:
+        unit = unit_of(repeated.tid)
+        found = container.baseline.mounts.get(repeated.mnt_id)
+        self._log.warning(
+            "a call is repeated without effect",
+            container=container.cid,
+            op=repeated.op.name.lower(),
+            mount=repeated.mnt_id,
+            path=os.fsdecode(found.point) if found is not None else None,
+            calls=repeated.calls,
+            tid=repeated.tid,
+            unit=unit,
+            hint=f"it came with the container and stays: see why {unit} unmounts it, and have that end",
+        )
 
     # ---- what a successor needs --------------------------------------------------------------------------------
 
@@ -551,15 +567,6 @@ class Lifecycle:
     def about(self, cid: str) -> tuple[Container, Answerer]:
         """A container and who answers for it. Raises `ContainerError` where it is not known."""
         return self._known(cid), self._answerer
-
-
-def _facts(baseline: Baseline) -> Facts:
-    return Facts(
-        namespace=baseline.namespace,
-        bases=[(m.mnt_id, m.point, m.dev) for m in baseline.bases()],
-        proc=[c.path for c in baseline.plan.proc],
-        sys=[c.path for c in baseline.plan.sys],
-    )
 
 
 def _kill(pidfd: OwnedFd) -> None:

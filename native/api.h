@@ -100,7 +100,8 @@ enum ix_message {
 	IX_MSG_FACTS = 6,      /* daemon: struct ix_facts */
 	IX_MSG_ASK = 64,       /* guard: struct ix_ask */
 	IX_MSG_READY = 65,     /* guard: the listener of index `value` is being served */
-	IX_MSG_REFUSED = 66    /* guard: there is no room for it; nobody will serve it */
+	IX_MSG_REFUSED = 66,   /* guard: there is no room for it; nobody will serve it */
+	IX_MSG_STORM = 67      /* guard: struct ix_storm */
 };
 
 enum ix_op {
@@ -125,6 +126,16 @@ enum ix_act {
 };
 
 enum { IX_MAX_IDS = 64, IX_SOURCE_MAX = 64, IX_SLOTS = 256, IX_ORPHANS = 64, IX_UNITS = 64, IX_BUCKETS = 168 };
+
+/* A call that has been repeated without effect, more than a hundred times a second; at most one message in ten. */
+struct ix_storm {
+	uint32_t type;
+	uint32_t op;
+	uint64_t mnt_id;
+	uint64_t calls;        /* since the last message about it */
+	int32_t tid;           /* of the latest caller */
+	uint32_t spare;
+};
 
 struct ix_note {
 	uint32_t type;

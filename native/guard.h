@@ -6,7 +6,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
-enum { IX_GUARD_FDS = 3, IX_RECEIVERS_PER_LISTENER = 32, IX_LISTENERS = 192 };
+enum { IX_GUARD_FDS = 3, IX_RECEIVERS_PER_LISTENER = 32, IX_LISTENERS = 192, IX_REPETITIONS = 16 };
 
 struct ix_listener {
 	int fd;
@@ -34,6 +34,12 @@ struct ix_question {
 	int answer_fd;
 };
 
+/* A mount that somebody asks for without effect. */
+struct ix_repetition {
+	atomic_uint_fast64_t mnt_id, since_ns, told_ns, untold;
+	atomic_uint recent;
+};
+
 /* The guard's whole state. */
 struct ix_guard_state {
 	struct ix_guard_config config;
@@ -42,6 +48,7 @@ struct ix_guard_state {
 	struct ix_listener listeners[IX_LISTENERS];
 	struct ix_question questions[IX_SLOTS];
 	atomic_uchar slot_taken[IX_SLOTS];
+	struct ix_repetition repetitions[IX_REPETITIONS];
 	atomic_int watching;           /* the watchdog is awake */
 	atomic_uint_fast64_t next_seq;
 	struct ix_facts facts;         /* under cache_lock */
@@ -131,6 +138,8 @@ bool ix_goes_whole(uint64_t mnt_id, uint64_t namespace_id, bool lazily);
 int ix_read_options(int tid, uint64_t address, char out[PATH_MAX]);
 bool ix_parse_options(const char *data, struct ix_ask *ask);
 void ix_name_source(const char *source, struct ix_ask *ask);
+/* storms.c */
+void ix_count_repetition(const struct ix_call *call, enum ix_op op, uint64_t mnt_id);
 /* newapi.c */
 struct ix_reply ix_handle_fsopen(struct ix_call *call);
 struct ix_reply ix_handle_fsmount(struct ix_call *call);

@@ -137,6 +137,8 @@ static bool known_harmless(const struct ix_call *call, enum ix_op op, bool follo
 		*reply = ix_let_kernel_run("a mount of the container's own");
 	else if (ix_cache_get(st.mnt_id, op, &error) == 1) {
 		__atomic_add_fetch(&ix_guard_state.journal->cached, 1, __ATOMIC_RELAXED);
+		if (op == IX_OP_UMOUNT)
+			ix_count_repetition(call, op, st.mnt_id);
 		*reply = ix_let_kernel_run("cached verdict");
 	} else
 		return false;
@@ -152,6 +154,7 @@ struct ix_reply ix_decide(struct ix_call *call, enum ix_op op, int fd, const str
 		__atomic_add_fetch(&ix_guard_state.journal->cached, 1, __ATOMIC_RELAXED);
 		if (known == 1)
 			return ix_let_kernel_run("cached verdict");
+		ix_count_repetition(call, op, st->mnt_id);
 		return ix_caller_has_cap(call->tid, CAP_SYS_ADMIN) ? ix_deny(error) : ix_let_kernel_run("EPERM is the kernel's");
 	}
 	if (!ix_is_ours(call, fd, st)) {

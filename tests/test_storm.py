@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from integration.storm import contestants, figures, workloads
+from integration.storm import agents, baseline, contestants, figures, workloads
 from integration.storm.contestants import Caller, arena, compiled
 from integration.storm.figures import COMPARISONS, Comparison, Percentiles
 from integration.storm.workloads import Workload
@@ -54,6 +54,7 @@ def test_the_noise_of_rounds_that_agree_is_nothing() -> None:
 
 def test_every_comparison_is_of_figures_that_workloads_have() -> None:
     known = {step.figure for workload in workloads.ALL for step in workload.steps}
+    known |= {workload.whole for workload in workloads.ALL}
     for comparison in COMPARISONS.values():
         assert {figure for figure, _, _ in comparison.above + comparison.below} <= known
 
@@ -97,22 +98,26 @@ def test_contestants_have_tables_of_the_size_asked_for() -> None:
 
 @pytest.mark.root
 def test_a_quick_run_has_every_figure(tmp_path: Path) -> None:
-    file = tmp_path / "figures.json"
-    argv = [sys.executable, "-m", "integration.storm", "--quick", "--json", str(file)]
+    file, picture = tmp_path / "figures.json", tmp_path / "figures.png"
+    argv = [sys.executable, "-m", "integration.storm", "--quick", "--json", str(file), "--plot", str(picture)]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr.decode()
     found = json.loads(file.read_text())
-    assert found["ratios"].keys() == COMPARISONS.keys()
+    of_many = {"worker_p99_beside_storm", "denied_vs_lxd"}
+    assert found["ratios"].keys() == COMPARISONS.keys() | of_many
+    assert [c["containers"] for c in found["crowds"]] == [1, 2]
+    assert all(c["guard_private_kb"] > 0 and c["registration_us"] > 0 for c in found["crowds"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
     assert {
         "denied_vs_resolving_floor_p50",
         "denied_flatness",
         "free_pair_vs_kernel",
         "propagation_vs_kernel",
     } <= found["ratios"].keys()
-    for figure in ("denied", "denied_lazy", "free_umount", "propagation", *figures.HANDLED):
+    for figure in ("denied", "denied_lazy", "free_umount", "propagation", *figures.HANDLED_US):
         assert found["us"][figure]["guarded"]["20"]["p50"] > 0
         assert len(found["samples_ns"][figure]["guarded"]["20"]) == 2
-    assert found["us"]["denied"].keys() == {"kernel", "floor_answer", "floor_resolve", "guarded"}
+    assert found["us"]["denied"].keys() == {*("kernel", "floor_answer", "floor_resolve", "python", "guarded")}
 
 
 @pytest.mark.root
@@ -124,3 +129,46 @@ def test_a_quick_run_through_the_view_has_every_ratio(tmp_path: Path) -> None:
     assert set(found["bars"]) <= set(found["ratios"])
     assert {"uptime_vs_lxcfs", "passthrough_vs_lxcfs"} <= set(found["ratios"])
     assert all(value > 0 for value in found["ratios"].values())
+
+
+# ---- comparisons with the committed figures ------------------------------------------------------------------
+
+
+def test_what_moved_beyond_its_spread_is_told_worst_first() -> None:
+    now = {"a": 2.0, "b": 1.3, "c": 1.3, "d": None, "e": 0.5}
+    then = {"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.0, "e": 1.0}
+    spread = {"a": (1.9, 2.1), "b": (1.2, 1.4), "c": (0.9, 1.7), "e": (0.4, 0.6)}
+    assert baseline.moved(now, then, spread) == [
+        "a: 1.00 → 2.00 (+100%)",
+        "b: 1.00 → 1.30 (+30%)",
+        "e: 1.00 → 0.50 (-50%)",
+    ]
+
+
+def test_without_committed_figures_nothing_has_moved(tmp_path: Path) -> None:
+    assert baseline.load(tmp_path / "none.json") == {"ratios": {}, "us": {}}
+
+
+# ---- other agents -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.root
+def test_another_agent_answers_the_same_calls() -> None:
+    with (
+        compiled() as program,
+        agents.running(agents.PYTHON) as peer,
+        spawn(peer, None, mounts=[contestants.bind(program)]) as container,
+    ):
+        container.call(contestants.furnish, 20)
+        caller = Caller(container, "none")
+        try:
+            assert len(caller.run(workloads.DENIED, 5)["denied"]) == 5
+            assert len(caller.run(workloads.FREE, 5)["free_umount"]) == 5
+        finally:
+            caller.close()
+
+
+@pytest.mark.root
+def test_an_agent_that_serves_no_socket_is_told_of() -> None:
+    with pytest.raises(InterceptorError, match="no agent at"), agents.running("true {socket}"):
+        pytest.fail("it runs")

@@ -9,13 +9,16 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from integration.storm import figures, view
+from integration.storm import agents, baseline, figures, view
 from integration.storm.contestants import arena, compiled
-from integration.storm.figures import FEW, MANY, Key, Percentiles, Ratio
+from integration.storm.crowd import IDLE_SECONDS, Crowd, Storm, crowd, storm
+from integration.storm.figures import FEW, MANY, SIZES, Key, Percentiles, Ratio
 from integration.storm.rounds import Samples, play
 from integration.storm.workloads import ALL
 from interceptor.errors import InterceptorError
@@ -24,28 +27,75 @@ from interceptor.library import Interceptor
 #: Rounds of each workload, and what --quick does with them.
 ROUNDS, QUICK_ROUNDS = 30, 2
 
+#: How many containers at once, and for how long they are then left alone.
+CROWDS, QUICK_CROWDS = (1, 2, 8, 64), (1, 2)
+QUICK_IDLE_SECONDS = 1.0
+
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m integration.storm", description="What a trapped call costs.")
     parser.add_argument("--json", metavar="FILE", help="write all figures there, raw samples too")
+    parser.add_argument("--plot", metavar="FILE", help="draw a picture there (PNG)")
+    parser.add_argument(
+        "--peer",
+        metavar="COMMAND",
+        help="another OCI seccomp agent on the same work; {socket} in the command is the path that it shall serve",
+    )
+    parser.add_argument("--save-baseline", action="store_true", help="what later runs are compared with")
     parser.add_argument("--quick", action="store_true", help="a few rounds: that it works, not how fast")
     parser.add_argument("--rounds", type=int, help=f"rounds of each workload (default: {ROUNDS})")
     parser.add_argument("--only", metavar="WORKLOAD", choices=[w.name for w in ALL], action="append")
     return parser.parse_args(arguments)
 
 
-def measure(options: argparse.Namespace, console: Console) -> Samples:
+@dataclass(frozen=True)
+class Run:
+    """All that was measured."""
+
+    samples: Samples
+    crowds: list[Crowd]
+    storm: Storm | None
+
+    def ratios(self) -> dict[str, Ratio]:
+        """Those of single calls, and those of many containers."""
+        found = figures.ratios(self.samples)
+        rates = {c.containers: c.calls_per_second for c in self.crowds}
+        if {1, 8} <= rates.keys():
+            value = rates[8] / rates[1]
+            found["eight_containers_vs_one"] = Ratio(value, value, value, 1.7, at_least=True)
+        if self.storm:
+            value = self.storm.p99_ratio
+            found["worker_p99_beside_storm"] = Ratio(value, value, value, 2.0)
+        return found
+
+
+def measure(options: argparse.Namespace, console: Console) -> Run:
     """Everything that is asked for, at each number of mounts at once, so that these are compared in turns too."""
     workloads = [w for w in ALL if not options.only or w.name in options.only]
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     with contextlib.ExitStack() as stack:
         program = stack.enter_context(compiled())
-        daemon = stack.enter_context(Interceptor(log_level="warning"))
         status = stack.enter_context(console.status("setting up"))
-        contestants = [
-            c for mounts in (FEW, MANY) for c in stack.enter_context(arena(daemon, program, mounts))
-        ]
-        return play(contestants, workloads, rounds, status.update)
+        with contextlib.ExitStack() as inner:
+            daemon = inner.enter_context(Interceptor(log_level="warning"))
+            peers = {"python": inner.enter_context(agents.running(agents.PYTHON))}
+            if options.peer:
+                peers["peer"] = inner.enter_context(agents.running(options.peer))
+            contestants = [
+                c
+                for mounts in ((FEW, MANY) if options.quick else SIZES)
+                for c in inner.enter_context(arena(daemon, program, mounts, peers))
+            ]
+            samples = play(contestants, workloads, rounds, status.update)
+        if options.only:
+            return Run(samples, [], None)
+        crowds = []
+        for containers in QUICK_CROWDS if options.quick else CROWDS:
+            status.update(f"{containers} containers")
+            idle = QUICK_IDLE_SECONDS if options.quick else IDLE_SECONDS
+            crowds.append(crowd(program, containers, idle_seconds=idle))
+        status.update("a storm")
+        return Run(samples, crowds, storm(program, rounds))
 
 
 def times_table(us: dict[Key, Percentiles]) -> Table:
@@ -55,7 +105,7 @@ def times_table(us: dict[Key, Percentiles]) -> Table:
     for (figure, contestant, mounts), p in us.items():
         if figure != last and last:
             table.add_section()
-        good = contestant != "guarded" or figure not in figures.HANDLED or p.p50 <= figures.HANDLED_US
+        good = contestant != "guarded" or p.p50 <= figures.HANDLED_US.get(figure, p.p50)
         p50 = f"{p.p50:.1f}" if good else f"[red]{p.p50:.1f}[/red]"
         shown = (f"{p.p99:.1f}", f"{p.p999:.1f}", str(p.count))
         table.add_row("" if figure == last else figure, contestant, str(mounts), p50, *shown)
@@ -77,9 +127,32 @@ def ratios_table(ratios: dict[str, Ratio]) -> Table:
     return table
 
 
-def as_json(samples: Samples) -> dict[str, object]:
+def crowds_table(crowds: list[Crowd]) -> Table:
+    """What many containers cost together."""
+    table = Table(
+        *("containers", "calls/s", "our CPU µs/call", "caller's", "guard KB", "all of ours KB"),
+        *("registration µs", "wake-ups idle"),
+        title="Many containers, all of them with denied calls",
+    )
+    for c in crowds:
+        table.add_row(
+            str(c.containers),
+            f"{c.calls_per_second:.0f}",
+            f"{c.our_cpu_us_per_call:.1f}",
+            f"{c.caller_cpu_us_per_call:.1f}",
+            f"{c.guard_private_kb:.0f}",
+            str(c.our_private_kb),
+            f"{c.registration_us:.0f}",
+            f"{c.idle_wake_ups} in {c.idle_seconds:g} s",
+        )
+    for column in table.columns:
+        column.justify = "right"
+    return table
+
+
+def as_json(run: Run) -> dict[str, object]:
     """``ratios`` and ``us`` for those who compare, the rest for those who doubt."""
-    ratios = figures.ratios(samples)
+    samples, ratios = run.samples, run.ratios()
     us: dict[str, dict[str, dict[str, object]]] = {}
     raw: dict[str, dict[str, dict[str, list[list[int]]]]] = {}
     for (figure, contestant, mounts), p in figures.microseconds(samples).items():
@@ -89,12 +162,28 @@ def as_json(samples: Samples) -> dict[str, object]:
     return {
         "machine": {"kernel": platform.release(), "arch": platform.machine(), "cpus": os.cpu_count()},
         "noise": round(max(figures.noise(rounds) for rounds in samples.values()), 3),
-        "ratios": {name: round(r.value, 3) for name, r in ratios.items()},
+        # LXD answers for containers of its own only; this command measures what serves an agent's socket (--peer).
+        "ratios": {name: round(r.value, 3) for name, r in ratios.items()} | {"denied_vs_lxd": None},
         "spread": {name: [round(r.low, 3), round(r.high, 3)] for name, r in ratios.items()},
         "bars": {name: r.bar for name, r in ratios.items() if r.bar is not None},
         "us": us,
+        "crowds": [c.as_json() for c in run.crowds],
+        "storm": run.storm.as_json() if run.storm else None,
         "samples_ns": raw,
     }
+
+
+def compare(facts: dict[str, Any], console: Console) -> None:
+    """Says what moved since the figures that were committed last."""
+    spread = {name: (low, high) for name, (low, high) in facts["spread"].items()}
+    lines = baseline.moved(facts["ratios"], baseline.load()["ratios"], spread)
+    console.print("Since the committed figures: " + ("; ".join(lines) if lines else "nothing moved"))
+
+
+def save_baseline(facts: dict[str, Any]) -> None:
+    """Writes what `compare` reads: everything but the samples."""
+    kept = {key: value for key, value in facts.items() if key != "samples_ns"}
+    baseline.FILE.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,15 +197,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("storm: must be run as root: it makes containers", file=sys.stderr)
         return 1
     try:
-        samples = measure(options, console)
+        run = measure(options, console)
     except InterceptorError as error:
         print(f"storm: {error}", file=sys.stderr)
         return 1
-    console.print(times_table(figures.microseconds(samples)))
-    console.print(ratios_table(figures.ratios(samples)))
+    us = figures.microseconds(run.samples)
+    console.print(times_table(us))
+    if run.crowds:
+        console.print(crowds_table(run.crowds))
+    console.print(ratios_table(run.ratios()))
+    facts = as_json(run)
+    console.print(f"Noise: medians of rounds differ by up to {facts['noise']:.0%} (interquartile range).")
+    if run.storm:
+        said = run.storm.log_lines
+        console.print(f"Beside a storm: worker's p99 x {run.storm.p99_ratio:.2f}; {said} lines of log.")
+    compare(facts, console)
+    if options.save_baseline:
+        save_baseline(facts)
+    if options.plot:
+        # Here, because it takes a second to load.
+        from integration.storm.plot import draw
+
+        draw(us, options.plot)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(as_json(samples), file)
+            json.dump(facts, file)
     return 0
 
 

@@ -3,13 +3,20 @@
 #include "calls.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <linux/mount.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mount.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
+
+/* <sys/mount.h> and <linux/mount.h> do not go together in older C libraries. */
+int mount(const char *source, const char *target, const char *type, unsigned long flags, const void *data);
+int umount2(const char *target, int flags);
 
 /* A plan is one message: longer ones are refused by the sender's kernel or cut, and then do not parse. */
 enum { MESSAGE_MAX = 65536 };
@@ -28,6 +35,12 @@ bool parse_step(const char *line, struct step *out)
 	*out = (struct step){.call = CALL_MOUNT};
 	if (sscanf(line, "umount2 %255s %lu %i", out->target, &flags, &out->expected) == 3)
 		out->call = CALL_UMOUNT2;
+	else if (sscanf(line, "new_api %255s %255s %i", out->type, out->target, &out->expected) == 3)
+		out->call = CALL_NEW_API;
+	else if (strcmp(line, "unshare") == 0)
+		out->call = CALL_UNSHARE;
+	else if (strcmp(line, "home") == 0)
+		out->call = CALL_HOME;
 	else if (sscanf(line, "mount %255s %255s %255s %lu %i", out->source, out->target, out->type,
 			&flags, &out->expected) != 5)
 		return false;
@@ -38,6 +51,40 @@ bool parse_step(const char *line, struct step *out)
 	return true;
 }
 
+/* mount(8) of util-linux 2.39 and newer makes a filesystem so. */
+static int new_api(const char *type, const char *target)
+{
+	int context = (int)syscall(SYS_fsopen, type, FSOPEN_CLOEXEC);
+	int tree = -1, r = context < 0 ? -1 : (int)syscall(SYS_fsconfig, context, FSCONFIG_CMD_CREATE, NULL, NULL, 0);
+	if (r >= 0)
+		r = tree = (int)syscall(SYS_fsmount, context, FSMOUNT_CLOEXEC, 0);
+	if (r >= 0)
+		r = (int)syscall(SYS_move_mount, tree, "", AT_FDCWD, target, MOVE_MOUNT_F_EMPTY_PATH);
+	int saved = errno;
+	if (context >= 0)
+		close(context);
+	if (tree >= 0)
+		close(tree);
+	errno = saved;
+	return r;
+}
+
+static int make_call(const struct step *s, int home, const char *source, const char *target, const char *type)
+{
+	switch (s->call) {
+	case CALL_UMOUNT2:
+		return umount2(target, (int)s->flags);
+	case CALL_NEW_API:
+		return new_api(type, target);
+	case CALL_UNSHARE:
+		return unshare(CLONE_NEWNS);
+	case CALL_HOME:
+		return setns(home, CLONE_NEWNS);
+	default:
+		return mount(source, target, type, s->flags, NULL);
+	}
+}
+
 static const char *word(const char *text)
 {
 	return text[0] ? text : NULL;
@@ -46,17 +93,19 @@ static const char *word(const char *text)
 const char *run_plan(const struct plan *plan, uint32_t *samples)
 {
 	static char failure[2 * WORD_MAX];
+	static int home = -1;
+	if (home < 0)
+		home = open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC);
 	for (unsigned int round = 0; round < plan->count; round++)
 		for (unsigned int i = 0; i < plan->steps; i++) {
 			const struct step *s = &plan->step[i];
 			const char *source = word(s->source), *target = word(s->target), *type = word(s->type);
 			uint64_t start = now_ns();
-			int r = s->call == CALL_UMOUNT2 ? umount2(target, (int)s->flags)
-							: mount(source, target, type, s->flags, NULL);
+			int r = make_call(s, home, source, target, type);
 			int error = r < 0 ? errno : 0;
 			uint64_t spent = now_ns() - start;
 			*samples++ = spent > UINT32_MAX ? UINT32_MAX : (uint32_t)spent;
-			if (error != s->expected) {
+			if (s->expected != ANY_ERRNO && error != s->expected) {
 				snprintf(failure, sizeof(failure), "round %u, call %u, %s: errno %d, not %d", round, i,
 					 s->target, error, s->expected);
 				return failure;

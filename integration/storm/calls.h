@@ -7,7 +7,10 @@
 
 enum { STEPS_MAX = 128, WORD_MAX = 256, COUNT_MAX = 1000000 };
 
-enum call { CALL_MOUNT, CALL_UMOUNT2 };
+enum call { CALL_MOUNT, CALL_UMOUNT2, CALL_NEW_API, CALL_UNSHARE, CALL_HOME };
+
+/* What a step may expect instead of an errno: the kernels and agents that are compared differ here. */
+enum { ANY_ERRNO = -1 };
 
 /* One call, and the errno that it must have; anything else ends the run. */
 struct step {
@@ -22,7 +25,12 @@ struct plan {
 	struct step step[STEPS_MAX];
 };
 
-/* One line, "mount SOURCE TARGET TYPE FLAGS ERRNO" or "umount2 TARGET FLAGS ERRNO", "-" for NULL. */
+/* One line, "-" for NULL, -1 for any errno:
+ *   mount SOURCE TARGET TYPE FLAGS ERRNO
+ *   umount2 TARGET FLAGS ERRNO
+ *   new_api TYPE TARGET ERRNO      fsopen, fsconfig, fsmount, move_mount
+ *   unshare                        to a mount namespace of its own
+ *   home                           back to the one that the run began in */
 bool parse_step(const char *line, struct step *out);
 
 /* Runs the steps in turn, `count` times, and writes the nanoseconds of each call to samples[count * steps].

@@ -9,11 +9,12 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from integration.storm.workloads import BIND, COPY, SOURCE, TARGET, Workload
+from integration.storm.agents import Peer
+from integration.storm.workloads import BIND, COPY, ROOT, SOURCE, TARGET, Workload
 from interceptor.errors import InterceptorError
 from interceptor.kernel import mount, stat
 from interceptor.library import GuardedChild, Interceptor, Mount, Process
@@ -26,6 +27,9 @@ COMPILE = ("cc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror")
 #: Where the containers find the compiled program.
 INSIDE = "/opt/storm"
 MESSAGE_MAX = 65536
+
+#: Mounts that are made in one go.
+STEP = 1000
 
 #: Longer than any turn takes: what comes later is a hang.
 TURN_SECONDS = 120.0
@@ -62,8 +66,16 @@ class Caller:
 
     def run(self, workload: Workload, count: int) -> dict[str, array.array[int]]:
         """The nanoseconds of each call, by figure. Raises `InterceptorError` where a call did not do what it must."""
+        self.begin(workload, count)
+        return self.end(workload, count)
+
+    def begin(self, workload: Workload, count: int) -> None:
+        """Has it start; `end` must follow."""
         plan = "\n".join([str(count), *(step.call for step in workload.steps)])
         self._socket.send(plan.encode())
+
+    def end(self, workload: Workload, count: int) -> dict[str, array.array[int]]:
+        """What `run` returns, of what `begin` has started."""
         verdict = self._socket.recv(MESSAGE_MAX)
         if verdict != b"ok":
             said = verdict.decode() or self._process.stderr.decode() or "it is gone"
@@ -72,9 +84,18 @@ class Caller:
         samples = array.array("I")
         while len(samples) < count * width:
             samples.frombytes(self._socket.recv(MESSAGE_MAX))
-        return {
+        found = {
             step.figure: samples[index::width] for index, step in enumerate(workload.steps) if step.figure
         }
+        if workload.whole:
+            sums = (sum(samples[at : at + width]) for at in range(0, len(samples), width))
+            found[workload.whole] = array.array("I", sums)
+        return found
+
+    @property
+    def pid(self) -> int:
+        """As the host numbers it."""
+        return self._process.pid
 
     def close(self) -> None:
         self._socket.close()
@@ -83,10 +104,10 @@ class Caller:
 
 def furnish(mounts: int) -> int:
     """Run inside: the directories that workloads use, and mounts until the table has ``mounts``. Returns how many."""
-    for path in (SOURCE, TARGET, COPY, "/tmp/more"):
+    for path in (SOURCE, TARGET, COPY, ROOT, "/tmp/more"):
         os.makedirs(path, exist_ok=True)
-    missing = mounts - len(stat.listmount())
-    for number in range(missing):
+    there = len(stat.listmount())
+    for number in range(there, mounts):
         path = f"/tmp/more/{number}"
         os.mkdir(path)
         mount.mount(path, path, None, BIND)
@@ -107,6 +128,8 @@ class Contestant:
     caller: Caller
     guarded: bool
     floor: bool
+    agent: bool = False
+    """Somebody else's: asked for nothing but what every agent must be able to answer."""
 
 
 #: The listeners that our guard is measured against.
@@ -114,13 +137,22 @@ FLOORS = ("answer", "resolve", "continue")
 
 
 @contextlib.contextmanager
-def arena(daemon: Interceptor, program: Path, mounts: int) -> Iterator[list[Contestant]]:
-    """All contestants, in containers whose tables have ``mounts`` entries."""
+def arena(
+    daemon: Interceptor, program: Path, mounts: int, peers: Mapping[str, Peer] | None = None
+) -> Iterator[list[Contestant]]:
+    """All contestants, in containers whose tables have ``mounts`` entries; ``peers`` by name."""
     with contextlib.ExitStack() as stack:
         guarded = stack.enter_context(daemon.spawn(mounts=[bind(program)]))
         alone = stack.enter_context(spawn(None, None, mounts=[bind(program)]))
-        for container in (guarded, alone):
-            found = container.call(furnish, mounts)
+        theirs = {
+            name: stack.enter_context(spawn(peer, None, mounts=[bind(program)]))
+            for name, peer in (peers or {}).items()
+        }
+        for container in (guarded, alone, *theirs.values()):
+            found = 0
+            # Step by step: a mount takes the longer the more there are, and a call has its time.
+            for step in range(STEP, mounts + STEP, STEP):
+                found = container.call(furnish, min(step, mounts))
             if found < mounts:
                 raise InterceptorError(f"the container has {found} mounts, not {mounts}")
 
@@ -134,6 +166,10 @@ def arena(daemon: Interceptor, program: Path, mounts: int) -> Iterator[list[Cont
             *(
                 Contestant(f"floor_{mode}", mounts, caller(alone, mode), guarded=False, floor=True)
                 for mode in FLOORS
+            ),
+            *(
+                Contestant(name, mounts, caller(container, "none"), guarded=False, floor=False, agent=True)
+                for name, container in theirs.items()
             ),
             Contestant("guarded", mounts, caller(guarded, "none"), guarded=True, floor=False),
         ]

@@ -6,7 +6,8 @@ import array
 from collections.abc import Callable, Sequence
 
 from integration.storm.contestants import Contestant
-from integration.storm.workloads import DENIED, FREE, Workload
+from integration.storm.figures import FEW
+from integration.storm.workloads import BY_SIZE, DENIED, FREE, Workload
 
 #: Nanoseconds, a list a round, by (figure, contestant, mounts in the table).
 Key = tuple[str, str, int]
@@ -15,6 +16,10 @@ Samples = dict[Key, list["array.array[int]"]]
 
 def takes_part(contestant: Contestant, workload: Workload) -> bool:
     """Whether the workload means something to that contestant."""
+    if contestant.mounts != FEW and workload not in BY_SIZE:
+        return False
+    if contestant.agent:
+        return workload in BY_SIZE
     if contestant.guarded:
         return True
     if workload.guarded:

@@ -1,4 +1,4 @@
-"""What is called: plans of mount(2) and umount2(2) calls as data, each call with the errno it must have."""
+"""What is called: plans of mount(2), umount2(2) and other calls as data, each call with the errno it must have."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from interceptor.kernel.flags import MountFlag, UmountFlag
 
 #: Directories that every container of a benchmark has, made by `contestants.furnish`.
 SOURCE, TARGET, COPY = "/tmp/source", "/tmp/target", "/tmp/copy"
+#: Where systemd puts a service's root together.
+ROOT = "/run/systemd/mount-rootfs"
+
+#: Instead of an errno: whatever comes.
+ANY_ERRNO = -1
 
 
 @dataclass(frozen=True)
@@ -29,22 +34,30 @@ def mount(figure: str, source: str, target: str, fstype: str, flags: int = 0, ex
     return Step(figure, f"mount {source} {target} {fstype} {flags} {expected}")
 
 
+def new_api(figure: str, fstype: str, target: str, expected: int = 0) -> Step:
+    """fsopen(2), fsconfig(2), fsmount(2), move_mount(2)."""
+    return Step(figure, f"new_api {fstype} {target} {expected}")
+
+
 @dataclass(frozen=True)
 class Workload:
     """Calls that are made in turn, ``turn`` times before it is another contestant's turn.
 
-    A workload for which ``guarded`` is set asks for what only an intercepted container has.
+    A workload for which ``guarded`` is set asks for what only an intercepted container has. ``whole`` names what the
+    sum of all steps counts for, if anything.
     """
 
     name: str
     steps: tuple[Step, ...]
     turn: int
     guarded: bool = False
+    whole: str = ""
 
 
 BIND = int(MountFlag.MS_BIND)
 RECURSIVE_BIND = int(MountFlag.MS_BIND | MountFlag.MS_REC)
 DETACH = int(UmountFlag.MNT_DETACH)
+NOFOLLOW = int(UmountFlag.UMOUNT_NOFOLLOW)
 
 #: An original submount to us; to the kernel, without us, a directory on which nothing is mounted. EINVAL from both.
 DENIED = Workload("denied", (umount("denied", "/proc/sys", expected=errno.EINVAL),), 500)
@@ -75,4 +88,45 @@ COPIES = Workload(
     guarded=True,
 )
 
-ALL = (DENIED, DENIED_LAZY, FREE, PROPAGATION, PROC, COPIES)
+TMPFS = Workload("tmpfs", (mount("tmpfs", "t", TARGET, "tmpfs"), umount("tmpfs_umount", TARGET)), 50)
+
+REMOUNT = Workload(
+    "remount",
+    (
+        mount("", "t", TARGET, "tmpfs"),
+        mount("remount", "-", TARGET, "-", BIND | int(MountFlag.MS_REMOUNT | MountFlag.MS_RDONLY)),
+        umount("", TARGET),
+    ),
+    50,
+)
+
+NEW_API = Workload("new_api", (new_api("new_api", "proc", TARGET), umount("new_api_umount", TARGET)), 20)
+
+
+def _service() -> tuple[Step, ...]:
+    """What systemd 257 calls for a service with PrivateNetwork= and ProtectSystem=, as seen by strace: a namespace,
+    a recursive copy of the root, umount_recursive() of its sys, a new sysfs there, read-only remounts. Where covers
+    were copied, calls fail or succeed otherwise than where there are none, so no errno is expected.
+    """
+    slave = int(MountFlag.MS_SLAVE | MountFlag.MS_REC)
+    read_only = BIND | int(MountFlag.MS_REMOUNT | MountFlag.MS_RDONLY | MountFlag.MS_NOSUID)
+    sys = f"{ROOT}/sys"
+    umounts = [sys, f"{sys}/fs/cgroup", sys, f"{sys}/devices/virtual", f"{sys}/kernel", sys]
+    return (
+        Step("", "unshare"),
+        mount("", "-", "/", "-", slave),
+        mount("", "/", ROOT, "-", RECURSIVE_BIND),
+        *(umount("", path, flags=NOFOLLOW, expected=ANY_ERRNO) for path in umounts),
+        new_api("", "sysfs", sys, expected=ANY_ERRNO),
+        *(mount("", f"{ROOT}{path}", f"{ROOT}{path}", "-", RECURSIVE_BIND) for path in ("/usr", "/etc")),
+        *(mount("", "-", f"{ROOT}{path}", "-", read_only, ANY_ERRNO) for path in ("/usr", "/etc")),
+        Step("", "home"),
+    )
+
+
+SYSTEMD = Workload("systemd", _service(), 10, whole="systemd_service")
+
+ALL = (DENIED, DENIED_LAZY, FREE, TMPFS, REMOUNT, PROPAGATION, PROC, COPIES, NEW_API, SYSTEMD)
+
+#: Those that are also measured in tables of other sizes than `figures.FEW`.
+BY_SIZE = (DENIED, FREE)

@@ -8,6 +8,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from interceptor.guards.link import Facts
 from interceptor.kernel.fd import OwnedFd
 from interceptor.mounts.composite import Material
 from interceptor.mounts.lineage import Baseline, MountClass, Recorded
@@ -130,6 +131,16 @@ def baseline_of(record: dict[str, Any]) -> Baseline:
     }
     shield = record["shield_dev"]
     return Baseline(record["namespace"], plan, mounts, (shield[0], shield[1]))
+
+
+def facts_of(baseline: Baseline) -> Facts:
+    """What a guard is told of a baseline."""
+    return Facts(
+        namespace=baseline.namespace,
+        bases=[(m.mnt_id, m.point, m.dev) for m in baseline.bases()],
+        proc=[c.path for c in baseline.plan.proc],
+        sys=[c.path for c in baseline.plan.sys],
+    )
 
 
 def _covers(covers: tuple[Covered, ...]) -> list[list[object]]:

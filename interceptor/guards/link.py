@@ -42,6 +42,7 @@ MAX_IDS: int = lib.IX_MAX_IDS
 _FD_COUNT = {Op.NEW: 3}
 _ASK_SIZE: int = ffi.sizeof("struct ix_ask")
 _NOTE_SIZE: int = ffi.sizeof("struct ix_note")
+_STORM_SIZE: int = ffi.sizeof("struct ix_storm")
 
 
 @dataclass
@@ -61,6 +62,17 @@ class Ask:
     sb_flags: int
     source: bytes
     fds: list[OwnedFd]
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A call is repeated without effect, more than a hundred times a second. Told at most every ten seconds."""
+
+    op: Op
+    mnt_id: int
+    calls: int
+    """Since it was told last."""
+    tid: int
 
 
 @dataclass(frozen=True)
@@ -177,7 +189,7 @@ class GuardLink:
             record.ids[i] = mount_id
         return self._send(bytes(ffi.buffer(record)), [answer.tree.fileno()] if answer.tree else None)
 
-    def receive(self) -> Ask | Ready | Refused | None:
+    def receive(self) -> Ask | Ready | Refused | Repeated | None:
         """The next message; None at end of file.
 
         Raises `BlockingIOError` if there is none, `ProtocolError` for what a sound guard never sends.
@@ -198,13 +210,17 @@ class GuardLink:
         return _decode(data, fds)
 
 
-def _decode(data: bytes, fds: list[OwnedFd]) -> Ask | Ready | Refused:
+def _decode(data: bytes, fds: list[OwnedFd]) -> Ask | Ready | Refused | Repeated:
     if len(data) == _NOTE_SIZE:
         note = ffi.from_buffer("struct ix_note *", data)
         if note.type == lib.IX_MSG_READY:
             return Ready(int(note.value))
         if note.type == lib.IX_MSG_REFUSED:
             return Refused(int(note.value))
+    if len(data) == _STORM_SIZE:
+        storm = ffi.from_buffer("struct ix_storm *", data)
+        if storm.type == lib.IX_MSG_STORM and storm.op in (Op.UMOUNT, Op.DETACH, Op.MOVE):
+            return Repeated(Op(storm.op), int(storm.mnt_id), int(storm.calls), int(storm.tid))
     if len(data) != _ASK_SIZE:
         raise ProtocolError(f"a guard's message of {len(data)} bytes")
     record = ffi.from_buffer("struct ix_ask *", data)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from interceptor.errors import InterceptorError, ProtocolError
 from interceptor.guards.journal import Journal
 from interceptor.guards.keeper import Keeper
-from interceptor.guards.link import Answer, Ask, Facts, GuardLink, Refused, socket_pair
+from interceptor.guards.link import Answer, Ask, Facts, GuardLink, Refused, Repeated, socket_pair
 from interceptor.kernel.fd import OwnedFd
 from interceptor.observe.log import get_logger
 
@@ -64,6 +64,7 @@ class Supervisor:
         answer: Callable[[Ask], Answer],
         listeners: Mapping[int, OwnedFd],
         changed: Callable[[], None],
+        repeated: Callable[[Repeated], None],
         refuse: Callable[[int], None],
         give_up: Callable[[], None],
     ) -> None:
@@ -78,6 +79,7 @@ class Supervisor:
         self._answer = answer
         self._listeners = listeners
         self._changed = changed
+        self._repeated = repeated
         self._refuse = refuse
         self._give_up = give_up
         self._deaths: deque[float] = deque(maxlen=DEATHS_MAX)
@@ -145,6 +147,8 @@ class Supervisor:
                 return
             if isinstance(message, Ask):
                 self._reply(link, message)
+            elif isinstance(message, Repeated):
+                self._repeated(message)
             elif isinstance(message, Refused):
                 self._log.error(
                     "a guard has no room for a listener; its calls are refused", listener=message.index
