@@ -27,7 +27,7 @@ from interceptor.kernel.flags import (
 from interceptor.kernel.namespaces import unshare
 from tests.attacks import audit
 from tests.attacks.conftest import Box
-from tests.attacks.contexts import Where, apart, become_root, propagation, rbind
+from tests.attacks.contexts import WORK, Where, apart, become_root, propagation, rbind
 from tests.attacks.test_races import LONG
 from tests.guarded import errno_of, is_raw, mount_id_at, raw_below, raw_nodes, try_mount, try_umount
 
@@ -261,7 +261,7 @@ def test_detached_mounts_are_passed_to_another_namespace(box: Box, flags: int) -
 
 def test_what_another_namespace_has_is_source_and_target(box: Box, context: str) -> None:
     def before(_: socket.socket) -> None:
-        place = b"run/work/theirs"
+        place = WORK + b"/theirs"
         os.makedirs(place, exist_ok=True)
         rbind(b"proc" if os.path.exists(b"proc") else b"/proc", place)
         os.dup2(os.open(place, os.O_PATH), 77, inheritable=True)
@@ -271,7 +271,9 @@ def test_what_another_namespace_has_is_source_and_target(box: Box, context: str)
         other = Other(CLONE_NEWNS, before)
         target, found = where.work(b"target"), []
         base = where.path(b"proc/%d/" % other.pid)
-        places = [base + p for p in (b"root/proc", b"root/sys", b"root/run/work/theirs", b"cwd", b"fd/77")]
+        places = [
+            base + p for p in (b"root/proc", b"root/sys", b"root/" + WORK + b"/theirs", b"cwd", b"fd/77")
+        ]
         for path in places:
             for source in (path, path + b"/sys", path + b"/uptime", path + b"/kernel", path + b"/devices"):
                 for flags in (BIND, BIND | REC, MOVE):
@@ -396,7 +398,7 @@ def test_nothing_of_ours_can_be_seen_read_or_traced(box: Box) -> None:
             if pid != 1 and os.stat(f"/proc/{pid}/ns/pid").st_ino != mine:
                 wrong.append(f"{pid} is visible")
         for pid in set(ours) - set(visible):
-            for name in (f"/proc/{pid}/mem", f"/proc/{pid}/maps", f"/run/work/new/{pid}/mem"):
+            for name in (f"/proc/{pid}/mem", f"/proc/{pid}/maps", f"{os.fsdecode(target)}/{pid}/mem"):
                 if os.path.exists(name):
                     wrong.append(name)
             for request in (PTRACE_ATTACH, PTRACE_SEIZE):

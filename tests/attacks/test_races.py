@@ -9,7 +9,7 @@ import pytest
 
 from interceptor.kernel.flags import MountFlag
 from tests.attacks.conftest import Box
-from tests.attacks.contexts import Where, propagation, rbind, tmpfs
+from tests.attacks.contexts import WORK, Where, propagation, rbind, tmpfs
 
 LONG = os.environ.get("INTERCEPTOR_LONG") == "1"
 #: Where a guard decides, in the place where the container starts; `integration/check --long` makes more, everywhere.
@@ -130,7 +130,7 @@ def test_parent_directory_from_another_mount_namespace(box: Box, what: str) -> N
     count = tries(box, normal=SLOW_TRIES if what in SLOW else TRIES)
 
     def attack(where: Where) -> tuple[int, int, int]:
-        one, two = where.work(b"one"), b"/run/work/two"
+        one, two = where.work(b"one"), where.path(WORK + b"/two")
         os.makedirs(one + b"/sys")
         os.symlink(b"../../proc", two)
         _target(where)
@@ -164,8 +164,8 @@ def test_a_caller_that_is_killed_and_its_thread_id_taken(box: Box, what: str) ->
     def attack(where: Where) -> tuple[int, int, int]:
         new = where.work(b"new")
         _target(where)
-        path = {"bind": b"/proc", "swap": b"/proc", "procfs": new}.get(what, b"/run/work/copy/sys")
-        watched = (b"/target/sys", new + b"/sys", b"/run/work/copy/sys")
+        path = {"bind": b"/proc", "swap": b"/proc", "procfs": new}.get(what, where.path(WORK + b"/copy/sys"))
+        watched = (b"/target/sys", new + b"/sys", where.path(WORK + b"/copy/sys"))
         return race(where, b"kill", what.encode(), b"%d" % count, path, watched=watched)
 
     judge(box.attack("plain", attack, SECONDS), count)
