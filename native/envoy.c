@@ -84,9 +84,11 @@ static int open_node(int base, uint64_t flags)
 		.resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_XDEV,
 	};
 	long fd;
+	/* `..` is given up with EAGAIN when anybody on the machine mounts or renames meanwhile. */
+	int tries = 10000;
 	do
 		fd = syscall(SYS_openat2, base, path, &how, sizeof(how));
-	while (fd < 0 && errno == EINTR);
+	while (fd < 0 && (errno == EINTR || (errno == EAGAIN && tries-- > 0)));
 	return ix_result(fd);
 }
 

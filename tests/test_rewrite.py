@@ -8,7 +8,7 @@ import tomllib
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from interceptor.errors import ContainerError
@@ -339,6 +339,8 @@ LINES = st.lists(
 
 
 @given(LINES)
+@example(['"runtime" = "q"'])
+@example(['"\\u0072untime" = "q"'])
 def test_a_configuration_that_is_read_without_a_parser_is_read_alike(lines: list[str]) -> None:
     text = "\n".join(lines)
     plain = plain_values(text.encode())

@@ -136,7 +136,9 @@ def plain_values(data: bytes) -> dict[str, Any] | None:
     found: dict[str, Any] = {}
     for line in data.split(b"\n"):
         name, equals, value = (part.strip() for part in line.partition(b"="))
-        if name.strip(b"\"' ") not in (b"runtime", b"runtime_dir"):
+        if name[:1] in (b'"', b"'"):
+            return None  # a quoted key can have escapes
+        if name not in (b"runtime", b"runtime_dir"):
             continue
         text = value[1:-1]
         quoted = len(value) > 1 and value[:1] == value[-1:] == b'"'
