@@ -29,9 +29,8 @@ PACKAGES = (
     *(*rootfs.PACKAGES, "libpam-systemd", "systemd-container", "uidmap", "iproute2", "strace"),
     *("bubblewrap", "runc", "crun", "podman", "buildah", "docker.io", "mkosi", "fuse-overlayfs"),
 )
-_APT = """\
-deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian forky main
-"""
+_TESTING = "forky"
+_KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
 
 #: The container's own /dev/fuse is not for it, and no overlay lies on an overlay.
@@ -60,7 +59,7 @@ def _extras(tree: Path, scratch: Path) -> None:
     """Add bookworm's tools, a newer runc, and a user who has subordinate IDs."""
     log = CACHE / "debootstrap.log"
     rootfs.debootstrap(tree / "opt/bookworm", "bookworm", ("util-linux", "mount"), log)
-    package = _download(scratch, "runc")
+    package = _download(scratch, _mirror(tree), "runc")
     subprocess.run(["dpkg-deb", "--extract", str(package), str(tree / "opt/runc")], check=True)
     subprocess.run(["chroot", str(tree), "useradd", "--create-home", "--uid=1000", "worker"], check=True)
     for name in ("subuid", "subgid"):
@@ -69,11 +68,17 @@ def _extras(tree: Path, scratch: Path) -> None:
     (tree / "etc/docker/daemon.json").write_text(json.dumps(_DOCKERD))
 
 
-def _download(scratch: Path, package: str) -> Path:
+def _mirror(tree: Path) -> str:
+    """Where debootstrap found the tree's packages."""
+    words = (tree / "etc/apt/sources.list").read_text().split()
+    return words[words.index(rootfs.SUITE) - 1]
+
+
+def _download(scratch: Path, mirror: str, package: str) -> Path:
     """Fetch one package of the testing suite, with the host's own apt but lists of its own."""
     for name in ("lists/partial", "cache/archives/partial"):
         (scratch / name).mkdir(parents=True)
-    (scratch / "sources.list").write_text(_APT)
+    (scratch / "sources.list").write_text(f"deb [signed-by={_KEYS}] {mirror} {_TESTING} main\n")
     places = {
         "Dir::Etc::sourcelist": scratch / "sources.list",
         "Dir::Etc::sourceparts": "-",
