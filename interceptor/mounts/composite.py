@@ -61,7 +61,7 @@ class Material:
         if dev in self.bare:
             tree.close()
             return self.bare[dev]
-        kept = self.bare[dev] = self.shelf.hold(tree)
+        kept = self.bare[dev] = self.shelf.put(tree)
         if len(self.bare) > BARE_MAX:
             self.shelf.drop(self.bare.pop(list(self.bare)[2]))
         return kept
@@ -75,7 +75,7 @@ class Material:
 
     def close(self) -> None:
         self.drop_spare()
-        self.shelf.clear(self.bare.values())
+        self.shelf.clear()
         self.view.clear()
         self.bare.clear()
 

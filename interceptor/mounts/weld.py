@@ -11,8 +11,8 @@ import os
 import socket
 import stat as stat_module
 import struct
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from interceptor.errors import InterceptorError, SyscallError
 from interceptor.kernel import mount, stat
@@ -174,11 +174,7 @@ class Kept:
     """A tree that stands on a shelf to be cloned from."""
 
     def __init__(self, path: str) -> None:
-        self._path = path
-
-    @property
-    def path(self) -> str:
-        return self._path
+        self.path = path
 
     @property
     def name(self) -> str:
@@ -192,47 +188,6 @@ class Kept:
     def open(self) -> OwnedFd:
         """An O_PATH descriptor of its root."""
         return OwnedFd(os.open(self.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC))
-
-    def let_go(self, janitor: Janitor) -> None:
-        """Takes it off its shelf."""
-        mount.umount2(self.path, UmountFlag.MNT_DETACH)
-        os.rmdir(self.path)
-
-    def forget(self, janitor: Janitor) -> None:
-        """Its shelf is about to go."""
-
-
-class _Held(Kept):
-    """One that is detached, as long as the kernel clones such (6.15+); else, or where its path is asked for, it is put
-    on its shelf.
-    """
-
-    def __init__(self, shelf: Shelf, tree: OwnedFd) -> None:
-        super().__init__("")
-        self._shelf = shelf
-        self._tree = tree
-
-    @property
-    def path(self) -> str:
-        if not self._tree.closed:
-            self._path = self._shelf.put(self._tree).path
-        return self._path
-
-    def clone(self, path: bytes = b"") -> OwnedFd:
-        if not self._tree.closed:
-            with suppress(SyscallError):
-                return mount.clone_mount(self._tree, path)
-        return super().clone(path)
-
-    def let_go(self, janitor: Janitor) -> None:
-        if self._tree.closed:
-            super().let_go(janitor)
-        else:
-            janitor.take_tree(self._tree)
-
-    def forget(self, janitor: Janitor) -> None:
-        if not self._tree.closed:
-            janitor.take_tree(self._tree)
 
 
 class Shelf:
@@ -264,10 +219,6 @@ class Shelf:
             mount.attach(tree, mount.AT_FDCWD, path)
         return Kept(path)
 
-    def hold(self, tree: OwnedFd) -> Kept:
-        """`put`, once that is needed."""
-        return _Held(self, tree)
-
     def get(self, name: str) -> Kept:
         """What a predecessor put there."""
         return Kept(os.path.join(self._path, name))
@@ -278,13 +229,11 @@ class Shelf:
         return [k for k in kept if stat.statx(mount.AT_FDCWD, k.path).mount_root]
 
     def drop(self, kept: Kept) -> None:
-        """Lets one tree go."""
-        kept.let_go(self.janitor)
+        """Lets one tree go, soon."""
+        self.janitor.take(kept.path)
 
-    def clear(self, kept: Iterable[Kept] = ()) -> None:
-        """Lets everything go, what is held for it as well, and the shelf."""
-        for one in kept:
-            one.forget(self.janitor)
+    def clear(self) -> None:
+        """Lets everything go, and the shelf."""
         try:
             mount.umount2(self._path, UmountFlag.MNT_DETACH)
         except SyscallError as error:

@@ -103,8 +103,9 @@ def holdings(daemon: Interceptor) -> dict[str, int]:
     """Descriptors and threads of everybody that stands, guards and envoys, mounts on the host and in the workshop."""
     who = family(daemon)
     # What was welded goes a moment later (interceptor/mounts/weld.py).
-    tray = os.path.join(daemon.config.runtime_dir, "workshop", "weld", "w")
-    eventually(lambda: f" {tray} " not in Path(f"/proc/{who.keeper}/mountinfo").read_text(), "an empty tray")
+    staged = f" {os.path.join(daemon.config.runtime_dir, 'workshop', 'weld')}/"
+    table = Path(f"/proc/{who.keeper}/mountinfo")
+    eventually(lambda: table.read_text().count(staged) == 1, "nothing but an empty tray")
     held = {f"descriptors of the {name}": descriptors(pid) for name, pid in who.standing.items()}
     held |= {f"threads of the {name}": threads(pid) for name, pid in who.standing.items() if name != "view"}
     return held | {
