@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -320,8 +319,7 @@ def _other_scenes(container: Container, scene: Scene) -> list[Scene]:
     except OSError:
         return scenes
     with first:
-        later = namespaces.later_mount_namespaces(first)
-        for fd, number in itertools.islice(later, _NAMESPACES_MAX):
+        for fd, number in namespaces.other_mount_namespaces(first, _NAMESPACES_MAX):
             if number not in known and namespaces.belongs_to(fd, container.userns):
                 with contextlib.suppress(SyscallError):  # it may have ended meanwhile
                     other = Scene(number)

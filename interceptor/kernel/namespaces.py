@@ -33,6 +33,7 @@ def open_namespace(pid: int, name: str) -> OwnedFd:
 _NS_GET_USERNS = 0xB701
 _NS_GET_PARENT = 0xB702
 _NS_MNT_GET_NEXT = 0x8010B70B
+_NS_MNT_GET_PREV = 0x8010B70C
 _NESTING_MAX = 33
 """Of user namespaces (kernel/user_namespace.c)."""
 
@@ -61,23 +62,27 @@ def owner(namespace: FdLike) -> OwnedFd:
     return OwnedFd(fcntl.ioctl(c_fd(namespace), _NS_GET_USERNS))
 
 
-def later_mount_namespaces(namespace: FdLike) -> Iterator[tuple[OwnedFd, int]]:
-    """Every mount namespace made after one, with its ID (NS_MNT_GET_NEXT of ioctl_nsfs(2), 6.12+; before: none).
+def other_mount_namespaces(namespace: FdLike, most: int) -> Iterator[tuple[OwnedFd, int]]:
+    """Mount namespaces beside one, with their IDs: at most so many made after it, and as many made before.
 
-    Only those whose owner grants the caller CAP_SYS_ADMIN. A descriptor is closed when the next one is asked for.
+    By NS_MNT_GET_NEXT and NS_MNT_GET_PREV of ioctl_nsfs(2) (6.12+; before: none), in the order of their IDs. That is
+    only nearly the order in which they were made: each CPU takes its IDs from a batch of its own. Only those whose
+    owner grants the caller CAP_SYS_ADMIN. A descriptor is closed when the next one is asked for.
     """
     info = bytearray(16)  # struct mnt_ns_info: size, number of mounts, ID
-    at = OwnedFd(os.dup(c_fd(namespace)))
-    while True:
-        info[:4] = len(info).to_bytes(4, sys.byteorder)
-        try:
-            following = OwnedFd(fcntl.ioctl(at.fileno(), _NS_MNT_GET_NEXT, info, True))
-        except OSError:
-            return  # ENOENT: that was the last
-        finally:
-            at.close()
-        at = following
-        yield at, int.from_bytes(info[8:], sys.byteorder)
+    for request in (_NS_MNT_GET_NEXT, _NS_MNT_GET_PREV):
+        at = OwnedFd(os.dup(c_fd(namespace)))
+        for _ in range(most):
+            info[:4] = len(info).to_bytes(4, sys.byteorder)
+            try:
+                following = OwnedFd(fcntl.ioctl(at.fileno(), request, info, True))
+            except OSError:
+                break  # ENOENT: that was the last
+            finally:
+                at.close()
+            at = following
+            yield at, int.from_bytes(info[8:], sys.byteorder)
+        at.close()
 
 
 def become_visitor() -> None:

@@ -69,11 +69,16 @@ def test_in_a_peer_namespace(box: Box, user: int) -> None:
         assert set(tried.values()) <= {errno.EBUSY, errno.EINVAL}
 
 
+@pytest.mark.parametrize("cpu", [0, -1], ids=["first CPU", "last CPU"])
 @pytest.mark.parametrize("user", [0, CLONE_NEWUSER])
-def test_in_a_third_namespace(box: Box, user: int) -> None:
-    """Neither the container's first nor the caller's own, which is in no group with it any more: found by search."""
+def test_in_a_third_namespace(box: Box, user: int, cpu: int) -> None:
+    """Neither the container's first nor the caller's own, which is in no group with it any more: found by search.
+
+    Each CPU takes the IDs of namespaces from a batch of its own: what is made later may come before the first.
+    """
 
     def attack(where: Where) -> tuple[int, bool, int]:
+        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[cpu]})
         unshare(CLONE_NEWNS)
         share_root()
         before = mount_ids(BASES)
