@@ -26,7 +26,7 @@ CACHE = Path("/var/cache/interceptor")
 BOOT_SECONDS = 120.0
 _LONG = 86400.0
 PACKAGES = (
-    *(*rootfs.PACKAGES, "libpam-systemd", "systemd-container", "uidmap", "iproute2", "strace"),
+    *("libpam-systemd", "systemd-container", "uidmap", "iproute2", "strace"),
     *("bubblewrap", "runc", "crun", "podman", "buildah", "docker.io", "mkosi", "fuse-overlayfs"),
 )
 _TESTING = "forky"
@@ -52,12 +52,23 @@ class Box:
 
 def recipe() -> rootfs.Recipe:
     """What the root filesystem is made of."""
-    return rootfs.Recipe("trixie-tools-1", rootfs.SUITE, PACKAGES, _extras)
+    return rootfs.Recipe("trixie-tools-1", rootfs.SUITE, rootfs.PACKAGES, _extras)
 
 
 def _extras(tree: Path, scratch: Path) -> None:
-    """Add bookworm's tools, a newer runc, and a user who has subordinate IDs."""
+    """Add the tools, bookworm's, a newer runc, and a user who has subordinate IDs."""
     log = CACHE / "debootstrap.log"
+    # Some of these need a whole system to be configured in, which debootstrap's own order does not give them.
+    inside = ["unshare", "--mount", "--pid", "--fork", f"--mount-proc={tree}/proc", "chroot", str(tree)]
+    install = ["apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *PACKAGES]
+    with open(scratch / "apt.log", "wb") as output:
+        subprocess.run(
+            [*inside, "env", "DEBIAN_FRONTEND=noninteractive", *install],
+            check=True,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
     rootfs.debootstrap(tree / "opt/bookworm", "bookworm", ("util-linux", "mount"), log)
     package = _download(scratch, _mirror(tree), "runc")
     subprocess.run(["dpkg-deb", "--extract", str(package), str(tree / "opt/runc")], check=True)
