@@ -229,6 +229,21 @@ def errno_of(function: Callable[..., object], *arguments: object, **options: obj
     return 0
 
 
+def raw_in(
+    make: Callable[[], OwnedFd], look: Callable[[int], list[bytes]] = lambda fd: raw_below(b".", fd)
+) -> tuple[int, list[bytes]]:
+    """The errno of a call that returns a tree, and the raw nodes in the tree."""
+    try:
+        tree = make()
+    except OSError as error:
+        return error.errno or -1, []
+    if tree.fileno() == 0:
+        tree.take()  # standard input, as above
+        return 0, []
+    with tree:
+        return 0, look(tree.fileno())
+
+
 def try_umount(path: bytes, flags: int = 0) -> int:
     """umount2(2): 0 or errno."""
     return errno_of(km.umount2, path, flags)

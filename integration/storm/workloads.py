@@ -104,9 +104,11 @@ NEW_API = Workload("new_api", (new_api("new_api", "proc", TARGET), umount("new_a
 
 
 def _service() -> tuple[Step, ...]:
-    """What systemd 257 calls for a service with PrivateNetwork= and ProtectSystem=, as seen by strace: a namespace,
-    a recursive copy of the root, umount_recursive() of its sys, a new sysfs there, read-only remounts. Where covers
-    were copied, calls fail or succeed otherwise than where there are none, so no errno is expected.
+    """What systemd 257 calls for a service with PrivateNetwork= and ProtectSystem=, in the order that strace showed.
+
+    No recording: a namespace, a recursive copy of the root, umount_recursive() of its sys, a new sysfs there, read-only
+    remounts. Where covers were copied, calls fail or succeed otherwise than where there are none, so no errno is
+    expected.
     """
     slave = int(MountFlag.MS_SLAVE | MountFlag.MS_REC)
     read_only = BIND | int(MountFlag.MS_REMOUNT | MountFlag.MS_RDONLY | MountFlag.MS_NOSUID)

@@ -103,7 +103,7 @@ def _complain(line: CommandLine, message: str) -> None:
             with open(path, "a") as log:
                 log.write(entry + "\n")
         except OSError:
-            pass
+            pass  # it is said on standard error in any case
     print(message, file=sys.stderr)
 
 
@@ -265,7 +265,7 @@ def give_pipes(owner: int) -> None:
             if stat.S_ISFIFO(os.fstat(fd).st_mode):
                 os.fchown(fd, owner, -1)
         except OSError:
-            continue
+            continue  # closed, or not ours to give: the runtime then says what it cannot open
 
 
 def private_file(text: str) -> str:

@@ -11,7 +11,7 @@ from interceptor.kernel.fd import OwnedFd
 from interceptor.kernel.flags import AT_FDCWD, MountFlag
 from tests.attacks.conftest import Box
 from tests.attacks.contexts import Where
-from tests.guarded import errno_of, is_raw, mount_ids, raw_below, try_mount
+from tests.guarded import errno_of, is_raw, mount_ids, raw_below, raw_in, try_mount
 
 SOURCES = (
     b"proc",
@@ -53,18 +53,11 @@ def test_mount_not_recursive(box: Box, context: str) -> None:
 
 
 def test_open_tree_not_recursive(box: Box, context: str) -> None:
+    def look(tree: int) -> list[bytes]:
+        return raw_below(b".", tree) + ([b"virtual"] if is_raw(b"virtual", tree) else [])
+
     def clone(path: bytes) -> tuple[int, list[bytes]]:
-        try:
-            tree = km.clone_mount(AT_FDCWD, path)
-        except OSError as error:
-            return error.errno or -1, []
-        if tree.fileno() == 0:
-            # Standard input: a guard that decides at random has answered 0, and made nothing.
-            tree.take()
-            return 0, []
-        with tree:
-            virtual = [b"virtual"] if is_raw(b"virtual", tree.fileno()) else []
-            return 0, raw_below(b".", tree.fileno()) + virtual
+        return raw_in(lambda: km.clone_mount(AT_FDCWD, path), look)
 
     def attack(where: Where) -> dict[bytes, tuple[int, list[bytes]]]:
         return {source: clone(where.path(source)) for source in SOURCES}

@@ -11,7 +11,7 @@ from interceptor.kernel.flags import CLONE_NEWNET, CLONE_NEWNS, CLONE_NEWPID, CL
 from interceptor.kernel.namespaces import unshare
 from tests.attacks.conftest import Box
 from tests.attacks.contexts import Where, apart, become_root
-from tests.guarded import raw_below, raw_nodes, try_mount
+from tests.guarded import raw_below, raw_in, raw_nodes, try_mount
 
 OPTIONS = (None, b"hidepid=2", b"subset=pid")
 INNER = (
@@ -44,16 +44,7 @@ def by_fsmount(fstype: bytes) -> list[Attempt]:
 
 
 def _made(fstype: bytes, options: dict[bytes, bytes | None]) -> tuple[int, list[bytes]]:
-    try:
-        tree = km.new_mount(fstype, options)
-    except OSError as error:
-        return error.errno or -1, []
-    if tree.fileno() == 0:
-        # Standard input: a guard that decides at random has answered 0, and made nothing.
-        tree.take()
-        return 0, []
-    with tree:
-        return 0, raw_below(b".", tree.fileno())
+    return raw_in(lambda: km.new_mount(fstype, options))
 
 
 def _in_order(made: list[Attempt], box: Box) -> None:

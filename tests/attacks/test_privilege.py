@@ -121,14 +121,10 @@ def test_helpers_are_in_no_procfs_of_the_container_and_have_no_number_there(
 
 def test_a_signal_to_everybody_reaches_no_helper(daemon: Interceptor, child: GuardedChild) -> None:
     before = _helpers(daemon, child)
-    child.call(lambda: errno_of(os.kill, -1, signal.SIGKILL))
+    child.call(lambda: inside.errno_of(os.kill, -1, signal.SIGKILL))
     assert _helpers(daemon, child) == before
     assert child.run(["umount", "/proc/sys"]).returncode == 32
     assert child.run(["cat", "/proc/uptime"]).returncode == 0
-
-
-def errno_of(function: Callable[..., object], *arguments: object) -> int:
-    return inside.errno_of(function, *arguments)
 
 
 # ---- in the place of a helper --------------------------------------------------------------------------------
