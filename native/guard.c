@@ -1,6 +1,7 @@
 /* The guard: one process a container, in the container's user namespace; a call from its receipt to its reply. */
 #include "guard.h"
 
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <sys/mman.h>
@@ -8,6 +9,8 @@
 #include <time.h>
 
 struct ix_guard_state ix_guard_state;
+
+enum { SLEEP_TRIES = 1000 };
 
 static struct ix_slot *slot_at(int i)
 {
@@ -310,9 +313,22 @@ static void end_call(struct ix_slot *slot)
 	pthread_mutex_unlock(&g->turn_lock);
 }
 
+/*
+ * A reply that meets the caller on its way out of an interrupted wait is thrown away, though SECCOMP_IOCTL_NOTIF_SEND
+ * reports success (kernel/seccomp.c:seccomp_do_user_notification; with WAIT_KILLABLE_RECV only before Linux 6.17). A
+ * caller that sleeps is not on its way; one that was woken is soon asleep or gone, and then the reply finds nobody.
+ */
+static void await_sleep(const struct ix_call *call)
+{
+	for (int tries = 0; tries < SLEEP_TRIES && ix_is_running(call->tid) && ix_still_waiting(call); tries++)
+		sched_yield();
+}
+
 /* Takes reply->give. */
 static void send_reply(struct ix_call *call, const struct ix_reply *reply)
 {
+	if (call->slot->phase == IX_PHASE_ACTED)
+		await_sleep(call);
 	struct seccomp_notif n = *notif_of(call->slot);
 	struct seccomp_notif_resp resp = {.id = n.id};
 	if (reply->outcome == IX_CONTINUED)

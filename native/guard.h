@@ -109,6 +109,7 @@ void ix_forget(struct ix_slot *slot);
 /* receive.c */
 int ix_start_receiver(struct ix_listener *listener, int slot, bool recover);
 int ix_start_watchdog(void);
+bool ix_is_running(int tid);
 /* Before a wait: somebody else receives from here on. */
 void ix_step_down(struct ix_call *call);
 void ix_release_listener(struct ix_listener *listener);

@@ -84,8 +84,8 @@ void ix_end_listener(struct ix_listener *l)
 
 /* ---- the watchdog: asleep while nothing is called ---------------------------------------------------------- */
 
-/* Whether a thread of ours runs, or only waits for a processor: then it is not stuck, and nobody else would be faster. */
-static bool is_running(int tid)
+/* Whether a thread runs, or only waits for a processor. */
+bool ix_is_running(int tid)
 {
 	char text[512];
 	cleanup_close int fd = ix_open_caller(ix_guard_state.proc, tid, "stat", O_RDONLY);
@@ -102,7 +102,8 @@ static bool look_around(int seen[IX_LISTENERS])
 	for (int i = 0; i < IX_LISTENERS; i++) {
 		struct ix_listener *l = &ix_guard_state.listeners[i];
 		int turn = atomic_load(&l->turn);
-		if (turn == seen[i] && (turn & 1) && !is_running(atomic_load(&l->leader_tid)) && end_turn(l, turn)) {
+		/* One that runs is not stuck, and nobody else would be faster. */
+		if (turn == seen[i] && (turn & 1) && !ix_is_running(atomic_load(&l->leader_tid)) && end_turn(l, turn)) {
 			atomic_store(&l->wary, WARY_CALLS);
 			hand_on(l);
 		}
