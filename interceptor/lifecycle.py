@@ -137,7 +137,9 @@ class Lifecycle:
             mntns, stat.mount_namespace_id(mntns), self._keeper.namespace, b"/" if late else bundle.root
         )
         plan = make_plan(bundle.masked, bundle.readonly)
-        material = Material(plan, Shelf.create(self._shelf_path(state.id), self._janitor))
+        material = Material(
+            plan, Shelf.create(self._shelf_path(state.id), self._janitor), self._composer.made
+        )
         builder = Builder(self._composer, material, site, netns)
         envoy: Forked | None = None
         try:
@@ -445,7 +447,9 @@ class Lifecycle:
         queue = list(fds)
         pidfd, userns, netns, journal = (queue.pop(0) for _ in range(4))
         baseline = baseline_of(record)
-        material = Material(baseline.plan, Shelf(self._shelf_path(record["cid"]), self._janitor))
+        material = Material(
+            baseline.plan, Shelf(self._shelf_path(record["cid"]), self._janitor), self._composer.made
+        )
         material.view = {(a.encode(), b.encode()): material.shelf.get(name) for a, b, name in record["views"]}
         material.bare = OrderedDict(((a, b), material.shelf.get(name)) for a, b, name in record["bares"])
         material.find_bare()

@@ -108,7 +108,7 @@ class Answerer:
             return Answer(Act.CONTINUE)
         if answer.tree is not None and ask.op is not Op.FSOPEN:
             now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-            container.note_birth(stat.statx(answer.tree).mnt_id, now)
+            container.note_birth(answer.there_id or stat.statx(answer.tree).mnt_id, now)
         self._log.debug("answered", act=answer.act.name, error=answer.error, reason=reason, **about)
         return answer
 
@@ -196,7 +196,7 @@ class Answerer:
         inside = chain[0].root.strip(b"/")
         if not found.mount_root:
             inside = path_in_fs(chain[0], os.readlink(os.fsencode(f"/proc/self/fd/{target_fd.fileno()}")))
-        shields = _shields(container, scene, chain[0])
+        shields = _shields(container, chain[0], _welded_on(container, scene, chain[0]))
         tree = self._composer.again(chain[0], inside, shields, container.material)
         return (Answer(Act.GIVE, tree=tree) if tree else Answer(Act.CONTINUE)), "a welded clone"
 
@@ -264,12 +264,13 @@ class Answerer:
         """The copied base anew, with a shield where the target stands, and those that stand there already."""
         base = welded_to(chain, container.baseline.plan)
         assert base is not None
-        shields = _shields(container, scene, base) | {path_in_fs(base, chain[0].point)}
+        welded = _welded_on(container, scene, base)
+        shields = _shields(container, base, welded) | {path_in_fs(base, chain[0].point)}
         tree = self._composer.again(base, base.root.strip(b"/"), shields, container.material)
         if tree is None:
             return Answer(Act.ERROR, error=errno.EINVAL)
         # What stands on the target goes with it; what stands on the others is carried over with them.
-        ids = [m.mnt_id for m in _welded_on(container, scene, base) if m.mnt_id != chain[0].mnt_id]
+        ids = [m.mnt_id for m in welded if m.mnt_id != chain[0].mnt_id]
         there = stat.statx(tree).mnt_id
         return Answer(Act.SWAP, base_id=base.mnt_id, there_id=there, ids=ids[:MAX_IDS], tree=tree)
 
@@ -290,14 +291,10 @@ def _welded_on(container: Container, scene: Scene, base: MountStat) -> list[Moun
     return [m for m in scene.below(base.mnt_id) if _base_of(container, scene, m) == base.mnt_id]
 
 
-def _shields(container: Container, scene: Scene, base: MountStat) -> set[bytes]:
+def _shields(container: Container, base: MountStat, welded: Iterable[MountStat]) -> set[bytes]:
     """Where, within its filesystem, shields stand on a base."""
     shield = container.baseline.shield_dev
-    return {
-        path_in_fs(base, m.point)
-        for m in _welded_on(container, scene, base)
-        if m.dev == shield and m.root.startswith(b"/shield")
-    }
+    return {path_in_fs(base, m.point) for m in welded if m.dev == shield and m.root.startswith(b"/shield")}
 
 
 def _base_of(container: Container, scene: Scene, found: MountStat) -> int:

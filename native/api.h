@@ -78,6 +78,9 @@ int ix_put_covers(const char *place, const struct ix_cover *covers, int count, i
  * clone of all of it: welded. *step: 0 mkdir, 1 move_mount, 2 setns, 3 open_tree. */
 int ix_weld(const char *place, const char *slot, int welder_fd, int home_fd, int *step);
 
+/* Another welded clone of what was moved to `slot` before. The same steps, from 2 on. */
+int ix_weld_again(const char *slot, int welder_fd, int home_fd, int *step);
+
 /* Starts a thread that unmounts, lazily, the path in each message on `sock` (SOCK_SEQPACKET), and removes its directory;
  * where a detached tree comes with a message, it closes that.
  * At end of file it closes `sock`, which it has from then on that this returns 0. It has a root and working directory of its own, so that the calling thread may go on

@@ -144,15 +144,8 @@ int ix_put_covers(const char *place, const struct ix_cover *covers, int count, i
 	return 0;
 }
 
-int ix_weld(const char *place, const char *slot, int welder_fd, int home_fd, int *step)
+int ix_weld_again(const char *slot, int welder_fd, int home_fd, int *step)
 {
-	*step = 0;
-	if (mkdir(slot, 0700) < 0)
-		return -errno;
-	*step = 1;
-	int r = ix_move_mount(AT_FDCWD, place, AT_FDCWD, slot, 0);
-	if (r < 0)
-		return r;
 	*step = 2;
 	if (setns(welder_fd, CLONE_NEWNS) < 0)
 		return -errno;
@@ -163,14 +156,24 @@ int ix_weld(const char *place, const char *slot, int welder_fd, int home_fd, int
 		abort();
 	if (tree < 0)
 		return tree;
-	/* Until the tray is taken away it is a slave, and the container would see that. */
+	/* As long as it stands in its slot it is a slave, and the container would see that. */
 	*step = 4;
-	r = ix_mount_setattr(tree, "", AT_EMPTY_PATH | AT_RECURSIVE, 0, 0, MS_PRIVATE, -1);
+	int r = ix_mount_setattr(tree, "", AT_EMPTY_PATH | AT_RECURSIVE, 0, 0, MS_PRIVATE, -1);
 	if (r < 0) {
 		close(tree);
 		return r;
 	}
 	return tree;
+}
+
+int ix_weld(const char *place, const char *slot, int welder_fd, int home_fd, int *step)
+{
+	*step = 0;
+	if (mkdir(slot, 0700) < 0)
+		return -errno;
+	*step = 1;
+	int r = ix_move_mount(AT_FDCWD, place, AT_FDCWD, slot, 0);
+	return r < 0 ? r : ix_weld_again(slot, welder_fd, home_fd, step);
 }
 
 /* ---- the janitor ------------------------------------------------------------------------------------------- */

@@ -165,6 +165,15 @@ def weld(place: str, slot: str, welder: FdLike, home: FdLike) -> OwnedFd:
     return OwnedFd(result)
 
 
+def weld_again(slot: str, welder: FdLike, home: FdLike) -> OwnedFd:
+    """Another welded clone of what `weld` has moved to ``slot``. Raises `SyscallError`."""
+    step = ffi.new("int *")
+    result = lib.ix_weld_again(os.fsencode(slot), c_fd(welder), c_fd(home), step)
+    if result < 0:
+        raise SyscallError(-result, f"{_WELDING[step[0]]} of {slot}, to be welded")
+    return OwnedFd(result)
+
+
 def reconfigure(dirfd: FdLike, options: Mapping[bytes, bytes]) -> None:
     """fspick(2), fsconfig of every option, FSCONFIG_CMD_RECONFIGURE: changes the superblock of a mount."""
     result = lib.ix_fspick(c_fd(dirfd), b"", 8)

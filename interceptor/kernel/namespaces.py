@@ -43,13 +43,13 @@ def belongs_to(fd: FdLike, user_namespace: FdLike) -> bool:
 
     A descriptor that is of no namespace is asked nothing: behind it may be a server that never answers.
     """
-    if stat.statx(fd).dev != stat.statx(user_namespace).dev:
+    found, wanted = stat.statx(fd), os.fstat(c_fd(user_namespace))
+    if found.dev != (os.major(wanted.st_dev), os.minor(wanted.st_dev)):
         return False
-    wanted = stat.statx(user_namespace).ino
     try:
         at = OwnedFd(fcntl.ioctl(c_fd(fd), _NS_GET_USERNS))
         for _ in range(_NESTING_MAX):
-            if stat.statx(at).ino == wanted:
+            if os.fstat(at.fileno()).st_ino == wanted.st_ino:
                 return True
             at = OwnedFd(fcntl.ioctl(at.fileno(), _NS_GET_PARENT))
     except OSError:

@@ -17,6 +17,7 @@ from interceptor.mounts.arguments import (
     options,
     simple_attributes,
 )
+from interceptor.mounts.made import Likeness, Made
 from interceptor.mounts.managed import Cover, Covered, Plan
 from interceptor.mounts.weld import Bench, Kept, Shelf, Welder
 
@@ -45,6 +46,7 @@ class Material:
 
     plan: Plan
     shelf: Shelf
+    made: Made
     view: dict[tuple[bytes, bytes], Kept] = field(default_factory=dict)
     """The view's submounts by (filesystem type, path): cloned for each composite."""
     bare: OrderedDict[tuple[int, int], Kept] = field(default_factory=OrderedDict)
@@ -63,7 +65,9 @@ class Material:
             return self.bare[dev]
         kept = self.bare[dev] = self.shelf.put(tree)
         if len(self.bare) > BARE_MAX:
-            self.shelf.drop(self.bare.pop(list(self.bare)[2]))
+            oldest = list(self.bare)[2]
+            self.made.forget(self.shelf.path, oldest)
+            self.shelf.drop(self.bare.pop(oldest))
         return kept
 
     def find_bare(self) -> None:
@@ -75,6 +79,7 @@ class Material:
 
     def close(self) -> None:
         self.drop_spare()
+        self.made.forget(self.shelf.path)
         self.shelf.clear()
         self.view.clear()
         self.bare.clear()
@@ -99,6 +104,7 @@ class Composer:
     def __init__(self, shields: Shields, welder: Welder, bench: Bench) -> None:
         self.shields = shields
         self.bench = bench
+        self.made = Made(welder)
         self._welder = welder
 
     def weld(self, tree: OwnedFd) -> OwnedFd:
@@ -120,18 +126,15 @@ class Composer:
         The tree is used up. Paths that it does not have are passed over.
         """
         with self.bench.holding(tree) as place:
-            return self._finish(place, inside, fstype, material, covers, readonly)
+            self._cover(place, inside, fstype, material, covers)
+            if readonly:
+                mount.mount_setattr(mount.AT_FDCWD, place, set_=MountAttr.MOUNT_ATTR_RDONLY, recursive=True)
+            return self._welder.weld_at(place)
 
-    def _finish(
-        self,
-        place: str,
-        inside: bytes,
-        fstype: bytes,
-        material: Material,
-        covers: Iterable[Covered],
-        readonly: bool = False,
-    ) -> OwnedFd:
-        """Covers and welds what stands on the bench.
+    def _cover(
+        self, place: str, inside: bytes, fstype: bytes, material: Material, covers: Iterable[Covered]
+    ) -> None:
+        """Covers what stands on the bench.
 
         A procfs with subset=pid is given all its paths while it is covered: the container can take the option back by
         fspick(2), and must find them covered.
@@ -149,9 +152,6 @@ class Composer:
         )
         if subset:
             self._set_subset(place, b"pid")
-        if readonly:
-            mount.mount_setattr(mount.AT_FDCWD, place, set_=MountAttr.MOUNT_ATTR_RDONLY, recursive=True)
-        return self._welder.weld_at(place)
 
     @staticmethod
     def _set_subset(place: str, value: bytes) -> None:
@@ -193,7 +193,8 @@ class Composer:
         # A network namespace has one sysfs, and of that a clone may be kept already: another mount, otherwise named.
         with self.bench.holding(base) as place:
             material.keep_bare(dev, mount.clone_mount(mount.AT_FDCWD, place))
-            welded = self._finish(place, b"", fstype, material, material.plan.of(fstype))
+            self._cover(place, b"", fstype, material, material.plan.of(fstype))
+            welded = self._welder.weld_at(place)
         if attributes:
             mount.mount_setattr(welded, set_=attributes, recursive=True)
         return welded
@@ -207,6 +208,9 @@ class Composer:
         bare = material.bare.get(base.dev)
         if bare is None:
             return None
+        like = Likeness(material.shelf.path, base.dev, base.attributes, inside, frozenset(shielded))
+        if (welded := self.made.again(like)) is not None:
+            return welded
         tree = bare.clone(inside)
         # The clone that is kept may be of another mount of the same superblock.
         others = MOUNT_ATTR__ATIME | (_CLEARABLE & ~base.attributes)
@@ -216,7 +220,9 @@ class Composer:
             for c in material.plan.of(base.fstype)
             if not _hidden(c.path, shielded)
         ]
-        return self.composite(tree, inside, base.fstype, material, covers)
+        with self.bench.holding(tree) as place:
+            self._cover(place, inside, base.fstype, material, covers)
+            return self.made.weld(like, bare, place, covers)
 
 
 def _is_below(path: bytes, inside: bytes) -> bool:

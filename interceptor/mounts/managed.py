@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 #: Paths within procfs and sysfs that the view stands in for (DESIGN.md, section 3).
 VIEW_PROC = (b"uptime", b"swaps", b"sys")
@@ -32,12 +33,16 @@ class Covered:
     """The view, read-only: the runtime asked for a read-only path there."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """All that is covered in one container, parents before what lies below them."""
 
     proc: tuple[Covered, ...]
     sys: tuple[Covered, ...]
+
+    @cached_property
+    def _paths(self) -> tuple[frozenset[bytes], frozenset[bytes]]:
+        return frozenset(c.path for c in self.proc), frozenset(c.path for c in self.sys)
 
     def of(self, fstype: bytes) -> tuple[Covered, ...]:
         """The covers of a base of that filesystem type (``proc`` or ``sysfs``)."""
@@ -45,7 +50,7 @@ class Plan:
 
     def paths(self, fstype: bytes) -> frozenset[bytes]:
         """Every path of that filesystem type on which something welded may stand."""
-        return frozenset(c.path for c in self.of(fstype))
+        return self._paths[fstype != b"proc"]
 
 
 @dataclass

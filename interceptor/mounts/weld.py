@@ -86,6 +86,7 @@ class Welder:
     taken in there keeps the locks wherever it is attached. One weld at a time, by a thread that may visit namespaces.
 
     Trees are welded on a tray, a tmpfs of the staging place, and go together with it some time after the last weld.
+    Those that are to be had again stand on another one, the rack.
     """
 
     def __init__(
@@ -106,6 +107,8 @@ class Welder:
             os.rmdir(os.path.join(staging, name))
         self._serial = 0
         self._clear_due = False
+        self._rack = self._new_place("rack")
+        self._racked = 0
         self._lay_out()
 
     def weld(self, tree: OwnedFd) -> OwnedFd:
@@ -126,6 +129,20 @@ class Welder:
     def weld_at(self, place: str) -> OwnedFd:
         """A welded clone of the directory tree that stands at ``place``, which is used up. Raises `SyscallError`."""
         return mount.weld(place, self._slot(), self._namespace, self._home)
+
+    def weld_to_keep(self, place: str) -> tuple[OwnedFd, str]:
+        """As `weld_at`, and the slot from which it can be had `again` until it is let go."""
+        slot = os.path.join(self._rack, str(self._racked))
+        self._racked += 1
+        return mount.weld(place, slot, self._namespace, self._home), slot
+
+    def again(self, slot: str) -> OwnedFd:
+        """Another welded clone. Raises `SyscallError`."""
+        return mount.weld_again(slot, self._namespace, self._home)
+
+    def let_go(self, slot: str) -> None:
+        """What was kept goes, soon."""
+        self._janitor.take(slot)
 
     def _slot(self) -> str:
         if self._used == TRAY_SLOTS:
@@ -149,11 +166,15 @@ class Welder:
 
     def _lay_out(self) -> None:
         """A tray ahead of need."""
-        self._tray = os.path.join(self._staging, str(self._serial))
+        self._tray = self._new_place(str(self._serial))
         self._serial += 1
         self._used = 0
-        os.mkdir(self._tray, 0o700)
-        mount.mount(b"interceptor-tray", self._tray, b"tmpfs", 2 | 4 | 8, b"mode=0700")
+
+    def _new_place(self, name: str) -> str:
+        place = os.path.join(self._staging, name)
+        os.mkdir(place, 0o700)
+        mount.mount(b"interceptor-weld", place, b"tmpfs", 2 | 4 | 8, b"mode=0700")
+        return place
 
 
 def _namespace_of(sock: OwnedFd) -> OwnedFd:
@@ -194,7 +215,7 @@ class Shelf:
     """The material of one container: a tmpfs of the workshop's with trees mounted in it, gone in one step."""
 
     def __init__(self, path: str, janitor: Janitor) -> None:
-        self._path = path
+        self.path = path
         self.janitor = janitor
         self._serial = 0
 
@@ -209,7 +230,7 @@ class Shelf:
 
     def put(self, tree: OwnedFd) -> Kept:
         """Keeps a detached tree, which is used up."""
-        while os.path.lexists(path := os.path.join(self._path, str(self._serial))):
+        while os.path.lexists(path := os.path.join(self.path, str(self._serial))):
             self._serial += 1
         with tree:
             if stat_module.S_ISDIR(stat.statx(tree).mode):
@@ -221,11 +242,11 @@ class Shelf:
 
     def get(self, name: str) -> Kept:
         """What a predecessor put there."""
-        return Kept(os.path.join(self._path, name))
+        return Kept(os.path.join(self.path, name))
 
     def all(self) -> list[Kept]:
         """Everything that stands there, also what a predecessor has put."""
-        kept = [self.get(name) for name in sorted(os.listdir(self._path), key=int)]
+        kept = [self.get(name) for name in sorted(os.listdir(self.path), key=int)]
         return [k for k in kept if stat.statx(mount.AT_FDCWD, k.path).mount_root]
 
     def drop(self, kept: Kept) -> None:
@@ -235,9 +256,9 @@ class Shelf:
     def clear(self) -> None:
         """Lets everything go, and the shelf."""
         try:
-            mount.umount2(self._path, UmountFlag.MNT_DETACH)
+            mount.umount2(self.path, UmountFlag.MNT_DETACH)
         except SyscallError as error:
             if error.errno not in (errno.ENOENT, errno.EINVAL):
                 raise
-        if os.path.isdir(self._path):
-            os.rmdir(self._path)
+        if os.path.isdir(self.path):
+            os.rmdir(self.path)

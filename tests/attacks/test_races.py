@@ -1,4 +1,7 @@
-"""What a call is about changes while it is being looked at: 10,000 tries of each, 100,000 with INTERCEPTOR_LONG=1."""
+"""What a call is about changes while it is being looked at: 10,000 tries of each, 100,000 with INTERCEPTOR_LONG=1.
+
+INTERCEPTOR_TRIES sets how many, for every guard in every place.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ SLOW_TRIES = 1_000
 #: The kernel's answer to a race does not depend on where it is run, so most of it is run once; and what a guard that
 #: decides nothing lets through is the kernel's own.
 UNDECIDED, ELSEWHERE = 5, 100
-SECONDS = 7200.0 if LONG else 300.0
+ASKED = int(os.environ.get("INTERCEPTOR_TRIES", "0"))
+SECONDS = 7200.0 if LONG or ASKED else 300.0
 SLOW = ("bind", "procfs", "swap")
 SENTINELS = (b"proc/sys/kernel/hostname", b"proc/uptime", b"sys/kernel", b"sys/devices/virtual")
 
@@ -36,6 +40,8 @@ def race(where: Where, *words: bytes, watched: tuple[bytes, ...] = ()) -> tuple[
 
 def tries(box: Box, context: str = "plain", normal: int = TRIES) -> int:
     """How often."""
+    if ASKED:
+        return ASKED
     if LONG:
         return 100_000 if context == "plain" else 10_000
     if context != "plain":

@@ -102,17 +102,25 @@ def mount_count(pid: int | str = "self") -> int:
 def holdings(daemon: Interceptor) -> dict[str, int]:
     """Descriptors and threads of everybody that stands, guards and envoys, mounts on the host and in the workshop."""
     who = family(daemon)
-    # What was welded goes a moment later (interceptor/mounts/weld.py).
+    # What was welded goes a moment later, but for what is kept to be had again (interceptor/mounts/weld.py).
     staged = f" {os.path.join(daemon.config.runtime_dir, 'workshop', 'weld')}/"
     table = Path(f"/proc/{who.keeper}/mountinfo")
-    eventually(lambda: table.read_text().count(staged) == 1, "nothing but an empty tray")
+
+    def racked() -> int:
+        return table.read_text().count(f"{staged}rack/")
+
+    eventually(
+        lambda: table.read_text().count(staged) == 2 + racked(), "nothing but an empty tray and the rack"
+    )
+    if not who.guards:
+        eventually(lambda: racked() == 0, "an empty rack, where there is no container")
     held = {f"descriptors of the {name}": descriptors(pid) for name, pid in who.standing.items()}
     held |= {f"threads of the {name}": threads(pid) for name, pid in who.standing.items() if name != "view"}
     return held | {
         "guards": len(who.guards),
         "envoys": len(who.envoys),
         "mounts on the host": mount_count(),
-        "mounts in the workshop": mount_count(who.keeper),
+        "mounts in the workshop": mount_count(who.keeper) - racked(),
     }
 
 
