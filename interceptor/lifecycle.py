@@ -374,6 +374,7 @@ class Lifecycle:
                 "shield_minor": shield[1],
                 "mode": _GUARD_MODES[self._config.guard_mode],
                 "account_units": int(self._config.account_units),
+                "protect_immutable": int(self._config.protect_immutable_unmounts),
                 "question_timeout_ms": int(self._config.question_timeout * 1000),
             },
             container.userns,

@@ -311,19 +311,33 @@ static struct ix_reply act_detach(struct ix_call *call, const struct ix_answer *
 	return ix_acted(call, detach(call->target, answer->base_id));
 }
 
-/* A copied base needs no daemon where the mount table alone tells all about it. */
-bool ix_act_copy(struct ix_call *call, bool lazily, struct ix_reply *reply)
+static bool unmount_alone(struct ix_call *call, uint64_t id, uint64_t namespace_id, struct ix_reply *reply)
 {
-	uint64_t id = call->target_stat.mnt_id, namespace_id;
+	bool whole = ix_goes_whole(id, namespace_id, false);
+	if (whole)
+		*reply = begin(call, IX_ACT_DETACH, id, 0) ? ix_acted(call, detach(call->target, id)) : ix_deny(EINTR);
+	return whole;
+}
+
+/* What needs no daemon, because the mount table alone tells all about it. */
+bool ix_act_alone(struct ix_call *call, const struct ix_request *request, struct ix_reply *reply)
+{
+	uint64_t id = request->mnt_id, namespace_id;
+	bool known;
 	if (ix_mntns_id(call->mntns, &namespace_id) < 0 || ix_enter(call) < 0)
 		return false;
-	bool whole = ix_goes_whole(id, namespace_id, lazily);
-	if (whole && lazily)
-		*reply = ix_let_kernel_run("a lazy unmount takes the welded submounts along");
-	else if (whole)
-		*reply = begin(call, IX_ACT_DETACH, id, 0) ? ix_acted(call, detach(call->target, id)) : ix_deny(EINTR);
+	if (request->op == IX_OP_UMOUNT) {
+		known = unmount_alone(call, id, namespace_id, reply);
+	} else if (request->op == IX_OP_DETACH) {
+		known = request->foreign ? !ix_guard_state.config.protect_immutable && ix_takes_no_peer_along(id)
+					 : ix_goes_whole(id, namespace_id, true);
+		*reply = ix_let_kernel_run("a lazy unmount takes along what is below, and that has no peers");
+	} else {
+		known = ix_is_for_the_kernel(id, namespace_id, request->op, request->flags);
+		*reply = ix_let_kernel_run("only original bases are held, and a base's flags are its own but for read-only");
+	}
 	ix_leave();
-	return whole;
+	return known;
 }
 
 static struct ix_reply act_attach(struct ix_call *call, const struct ix_answer *answer, int composite)

@@ -259,7 +259,7 @@ struct ix_guard_config {
 	uint32_t mode;                         /* 0 real, 1 CONTINUE to everything, 2 at random */
 	uint32_t account_units;                /* count calls by the caller's systemd unit */
 	uint32_t question_timeout_ms;
-	uint32_t reserved;
+	uint32_t protect_immutable;            /* the daemon decides about lazy unmounts */
 };
 
 /* Both run in a child just forked by the spawner and never return: they keep only the descriptors named. */

@@ -1,6 +1,6 @@
 /*
- * Copied bases, told from original ones by the mount table: what mounts/lineage.py says of them, for the one case that
- * needs nothing else. Whatever is not plain here is asked about.
+ * Copied bases, told from original ones by the mount table: what mounts/lineage.py says of them, for the cases that
+ * need nothing else. Whatever is not plain here is asked about.
  */
 #include "guard.h"
 
@@ -98,17 +98,59 @@ static bool carries_only_covers(const struct ix_facts *facts, int kind, const st
 	return true;
 }
 
+static struct ix_facts facts_now(void)
+{
+	pthread_mutex_lock(&ix_guard_state.cache_lock);
+	struct ix_facts facts = ix_guard_state.facts;
+	pthread_mutex_unlock(&ix_guard_state.cache_lock);
+	return facts;
+}
+
+/*
+ * Whether a lazy unmount takes no base along that has peers: what stands in its place elsewhere, an original perhaps,
+ * would go as well (mounts/lineage.py:reaches).
+ */
+bool ix_takes_no_peer_along(uint64_t mnt_id)
+{
+	uint64_t ids[BELOW_MAX], last = 0;
+	int64_t n;
+	while ((n = ix_listmount(mnt_id, 0, last, ids, BELOW_MAX)) > 0)
+		for (int64_t i = 0; i < n; i++) {
+			struct seen m;
+			last = ids[i];
+			if (!look(last, &m) || (kind_of_base(&m) >= 0 && is_shared(m.sm.mnt_parent_id)))
+				return false;
+		}
+	return n == 0;
+}
+
+/* A base takes its submounts along into being read-only, and out of it; else flags are its own affair. */
+static bool keeps_submounts(const struct seen *m, uint64_t flags)
+{
+	return !(flags & MS_RDONLY) && !(m->sm.mnt_attr & MOUNT_ATTR_RDONLY);
+}
+
+/* Whether mounts/policy.py leaves the remount or the move to the kernel, whatever else is true. */
+bool ix_is_for_the_kernel(uint64_t mnt_id, uint64_t namespace_id, enum ix_op op, uint64_t flags)
+{
+	struct ix_facts facts = facts_now();
+	struct seen m;
+	if (facts.namespace_id == 0 || (op != IX_OP_REMOUNT && op != IX_OP_MOVE) || !look(mnt_id, &m))
+		return false;
+	bool of_a_base = m.sm.sb_magic == IX_PROC_SUPER_MAGIC || m.sm.sb_magic == IX_SYSFS_MAGIC;
+	if (op == IX_OP_REMOUNT)
+		return !of_a_base || (kind_of_base(&m) >= 0 && keeps_submounts(&m, flags));
+	return kind_of_base(&m) < 0 || !may_be_original(&facts, &m, namespace_id);
+}
+
 /*
  * Whether a mount of this thread's mount namespace is a copied base that may go with all that is welded to it, or, where
  * that is to happen lazily, with whatever is on it. Where the parent has peers, an original could go as well.
  */
 bool ix_goes_whole(uint64_t mnt_id, uint64_t namespace_id, bool lazily)
 {
-	struct ix_facts facts;
+	struct ix_facts facts = facts_now();
 	struct seen base;
-	pthread_mutex_lock(&ix_guard_state.cache_lock);
-	facts = ix_guard_state.facts;
-	pthread_mutex_unlock(&ix_guard_state.cache_lock);
 	if (facts.namespace_id == 0 || !look(mnt_id, &base))
 		return false;
 	int kind = kind_of_base(&base);

@@ -79,6 +79,14 @@ struct ix_call {
 	char text[PATH_MAX];           /* source, or the options of a new mount */
 };
 
+/* What is asked for a mount. */
+struct ix_request {
+	enum ix_op op;
+	uint64_t mnt_id;
+	uint64_t flags;                /* of mount(2) or umount2(2) */
+	bool foreign;                  /* of a filesystem of the container's own */
+};
+
 enum ix_outcome { IX_CONTINUED, IX_DENIED, IX_HANDLED };
 struct ix_reply {
 	enum ix_outcome outcome;
@@ -134,6 +142,8 @@ bool ix_open_mount_namespace(struct ix_call *call);
 struct ix_reply ix_decide(struct ix_call *call, enum ix_op op, int fd, const struct ix_stat *st, uint64_t flags);
 /* copies.c */
 void ix_take_facts(const struct ix_facts *facts);
+bool ix_is_for_the_kernel(uint64_t mnt_id, uint64_t namespace_id, enum ix_op op, uint64_t flags);
+bool ix_takes_no_peer_along(uint64_t mnt_id);
 bool ix_goes_whole(uint64_t mnt_id, uint64_t namespace_id, bool lazily);
 /* options.c */
 int ix_read_options(int tid, uint64_t address, char out[PATH_MAX]);
@@ -157,7 +167,7 @@ int ix_enter(const struct ix_call *call);
 void ix_leave(void);
 struct ix_reply ix_acted(struct ix_call *call, int result);
 struct ix_reply ix_act(struct ix_call *call, const struct ix_answer *answer, int fd);
-bool ix_act_copy(struct ix_call *call, bool lazily, struct ix_reply *reply);
+bool ix_act_alone(struct ix_call *call, const struct ix_request *request, struct ix_reply *reply);
 struct ix_reply ix_act_bind(struct ix_call *call, int source);
 struct ix_reply ix_act_attach_held(struct ix_call *call, int tree, uint64_t mnt_id, int to, unsigned int flags);
 bool ix_act_recover(struct ix_call *call, int *result);

@@ -92,6 +92,16 @@ bool ix_is_ours(struct ix_call *call, int fd, const struct ix_stat *st)
 	return false;
 }
 
+/* The number in "/proc/self/fd/NUMBER", which is how systemd calls a target that it holds open; else NULL. */
+static const char *own_descriptor(const char *path)
+{
+	static const char prefix[] = "/proc/self/fd/";
+	const char *number = path + sizeof(prefix) - 1;
+	if (strncmp(path, prefix, sizeof(prefix) - 1) != 0)
+		return NULL;
+	return number[0] && number[strspn(number, "0123456789")] == '\0' ? number : NULL;
+}
+
 /*
  * Whether a glance at the path suffices to let the kernel run the call: one statx instead of two opens. It resolves
  * like the caller but for what climbs above a root (`..` in a chroot) and for links that start at one, which are not
@@ -103,8 +113,9 @@ static bool glance(const struct ix_call *call, const char *path, bool follow, st
 	int flags = AT_STATX_DONT_SYNC | AT_NO_AUTOMOUNT | (follow ? 0 : AT_SYMLINK_NOFOLLOW);
 	if (path[0] == '\0')
 		return false;
-	int prefix = ix_caller_path(name, call->tid, path[0] == '/' ? "root" : "cwd/");
-	memcpy(name + prefix, path, strlen(path) + 1);
+	const char *own = own_descriptor(path);
+	int prefix = ix_caller_path(name, call->tid, own ? "fd/" : path[0] == '/' ? "root" : "cwd/");
+	memcpy(name + prefix, own ? own : path, strlen(own ? own : path) + 1);
 	return ix_statx(ix_guard_state.proc, name, flags, st) == 0;
 }
 
@@ -157,7 +168,8 @@ struct ix_reply ix_decide(struct ix_call *call, enum ix_op op, int fd, const str
 		ix_count_repetition(call, op, st->mnt_id);
 		return ix_caller_has_cap(call->tid, CAP_SYS_ADMIN) ? ix_deny(error) : ix_let_kernel_run("EPERM is the kernel's");
 	}
-	if (!ix_is_ours(call, fd, st)) {
+	struct ix_request request = {.op = op, .mnt_id = st->mnt_id, .flags = flags, .foreign = !ix_is_ours(call, fd, st)};
+	if (request.foreign) {
 		/* Lazily, it takes along what is below, and that may have peers among the originals. */
 		if (op != IX_OP_DETACH)
 			ix_cache_put(st->mnt_id, op, 0);
@@ -167,8 +179,7 @@ struct ix_reply ix_decide(struct ix_call *call, enum ix_op op, int fd, const str
 	if (!ix_open_mount_namespace(call) || !ix_caller_rules(call, call->mntns))
 		return ix_let_kernel_run("the caller lacks the right: EPERM is the kernel's");
 	struct ix_reply reply;
-	bool lazily = op == IX_OP_DETACH;
-	if ((op == IX_OP_UMOUNT || lazily) && ix_act_copy(call, lazily, &reply))
+	if (ix_act_alone(call, &request, &reply))
 		return reply;
 	struct ix_ask ask = {.type = IX_MSG_ASK, .op = op, .mnt_id = st->mnt_id, .flags = flags, .tid = call->tid};
 	int fds[] = {call->mntns, fd};

@@ -219,6 +219,8 @@ static void *janitor_main(void *argument)
 	int sock = j->sock;
 	bool alone = unshare(CLONE_FS) == 0;
 	j->failure = alone ? 0 : -errno;
+	/* Nobody waits for it: woken up, it does not take the processor from who asked. Otherwise as without. */
+	sched_setscheduler(0, SCHED_BATCH, &(struct sched_param){0});
 	sem_post(&j->apart);               /* *j is gone from here on */
 	while (alone && tidy_up(sock))
 		;

@@ -31,14 +31,20 @@ static uint64_t now_ns(void)
 bool parse_step(const char *line, struct step *out)
 {
 	char *words[] = {out->source, out->target, out->type};
-	unsigned long flags;
+	unsigned long flags = 0;
 	*out = (struct step){.call = CALL_MOUNT};
 	if (sscanf(line, "umount2 %255s %lu %i", out->target, &flags, &out->expected) == 3)
 		out->call = CALL_UMOUNT2;
 	else if (sscanf(line, "new_api %255s %255s %i", out->type, out->target, &out->expected) == 3)
 		out->call = CALL_NEW_API;
+	else if (sscanf(line, "open %255s %lu %i", out->target, &flags, &out->expected) == 3)
+		out->call = CALL_OPEN;
+	else if (sscanf(line, "pivot %255s %i", out->target, &out->expected) == 2)
+		out->call = CALL_PIVOT;
 	else if (strcmp(line, "unshare") == 0)
 		out->call = CALL_UNSHARE;
+	else if (strcmp(line, "unshare_net") == 0)
+		out->call = CALL_UNSHARE_NET;
 	else if (strcmp(line, "home") == 0)
 		out->call = CALL_HOME;
 	else if (sscanf(line, "mount %255s %255s %255s %lu %i", out->source, out->target, out->type,
@@ -69,17 +75,42 @@ static int new_api(const char *type, const char *target)
 	return r;
 }
 
-static int make_call(const struct step *s, int home, const char *source, const char *target, const char *type)
+static int open_as(const char *path, int number)
+{
+	int fd = open(path, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+	int r = fd < 0 ? -1 : dup3(fd, number, O_CLOEXEC);
+	if (fd >= 0)
+		close(fd);
+	return r;
+}
+
+static int pivot(const char *path)
+{
+	return chdir(path) < 0 ? -1 : (int)syscall(SYS_pivot_root, ".", ".");
+}
+
+static int go_home(const int home[2])
+{
+	return setns(home[0], CLONE_NEWNS) < 0 || setns(home[1], CLONE_NEWNET) < 0 ? -1 : 0;
+}
+
+static int make_call(const struct step *s, const int home[2], const char *source, const char *target, const char *type)
 {
 	switch (s->call) {
 	case CALL_UMOUNT2:
 		return umount2(target, (int)s->flags);
 	case CALL_NEW_API:
 		return new_api(type, target);
+	case CALL_OPEN:
+		return open_as(target, (int)s->flags);
+	case CALL_PIVOT:
+		return pivot(target);
 	case CALL_UNSHARE:
 		return unshare(CLONE_NEWNS);
+	case CALL_UNSHARE_NET:
+		return unshare(CLONE_NEWNET);
 	case CALL_HOME:
-		return setns(home, CLONE_NEWNS);
+		return go_home(home);
 	default:
 		return mount(source, target, type, s->flags, NULL);
 	}
@@ -93,9 +124,11 @@ static const char *word(const char *text)
 const char *run_plan(const struct plan *plan, uint32_t *samples)
 {
 	static char failure[2 * WORD_MAX];
-	static int home = -1;
-	if (home < 0)
-		home = open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC);
+	static int home[2] = {-1, -1};
+	if (home[0] < 0) {
+		home[0] = open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC);
+		home[1] = open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC);
+	}
 	for (unsigned int round = 0; round < plan->count; round++)
 		for (unsigned int i = 0; i < plan->steps; i++) {
 			const struct step *s = &plan->step[i];

@@ -7,7 +7,7 @@
 
 enum { STEPS_MAX = 128, WORD_MAX = 256, COUNT_MAX = 1000000 };
 
-enum call { CALL_MOUNT, CALL_UMOUNT2, CALL_NEW_API, CALL_UNSHARE, CALL_HOME };
+enum call { CALL_MOUNT, CALL_UMOUNT2, CALL_NEW_API, CALL_OPEN, CALL_PIVOT, CALL_UNSHARE, CALL_UNSHARE_NET, CALL_HOME };
 
 /* What a step may expect instead of an errno: the kernels and agents that are compared differ here. */
 enum { ANY_ERRNO = -1 };
@@ -29,8 +29,11 @@ struct plan {
  *   mount SOURCE TARGET TYPE FLAGS ERRNO
  *   umount2 TARGET FLAGS ERRNO
  *   new_api TYPE TARGET ERRNO      fsopen, fsconfig, fsmount, move_mount
+ *   open PATH NUMBER ERRNO         O_PATH, as this descriptor
+ *   pivot PATH ERRNO               chdir, then pivot_root(".", ".")
  *   unshare                        to a mount namespace of its own
- *   home                           back to the one that the run began in */
+ *   unshare_net                    to a network namespace of its own
+ *   home                           back to those that the run began in */
 bool parse_step(const char *line, struct step *out);
 
 /* Runs the steps in turn, `count` times, and writes the nanoseconds of each call to samples[count * steps].

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from integration.storm import systemd
 from integration.storm.agents import Peer
-from integration.storm.workloads import BIND, COPY, ROOT, SOURCE, TARGET, Workload
+from integration.storm.workloads import BIND, COPY, SOURCE, TARGET, Workload
 from interceptor.errors import InterceptorError
 from interceptor.kernel import mount, stat
 from interceptor.library import GuardedChild, Interceptor, Mount, Process
@@ -104,7 +105,7 @@ class Caller:
 
 def furnish(mounts: int) -> int:
     """Run inside: the directories that workloads use, and mounts until the table has ``mounts``. Returns how many."""
-    for path in (SOURCE, TARGET, COPY, ROOT, "/tmp/more"):
+    for path in (SOURCE, TARGET, COPY, "/tmp/more", *systemd.DIRECTORIES):
         os.makedirs(path, exist_ok=True)
     there = len(stat.listmount())
     for number in range(there, mounts):

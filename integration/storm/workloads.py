@@ -5,15 +5,11 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 
+from integration.storm import systemd
 from interceptor.kernel.flags import MountFlag, UmountFlag
 
-#: Directories that every container of a benchmark has, made by `contestants.furnish`.
+#: Directories that every container of a benchmark has, made by `contestants.furnish`, as those of `systemd`.
 SOURCE, TARGET, COPY = "/tmp/source", "/tmp/target", "/tmp/copy"
-#: Where systemd puts a service's root together.
-ROOT = "/run/systemd/mount-rootfs"
-
-#: Instead of an errno: whatever comes.
-ANY_ERRNO = -1
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,6 @@ class Workload:
 BIND = int(MountFlag.MS_BIND)
 RECURSIVE_BIND = int(MountFlag.MS_BIND | MountFlag.MS_REC)
 DETACH = int(UmountFlag.MNT_DETACH)
-NOFOLLOW = int(UmountFlag.UMOUNT_NOFOLLOW)
 
 #: An original submount to us; to the kernel, without us, a directory on which nothing is mounted. EINVAL from both.
 DENIED = Workload("denied", (umount("denied", "/proc/sys", expected=errno.EINVAL),), 500)
@@ -103,30 +98,10 @@ REMOUNT = Workload(
 NEW_API = Workload("new_api", (new_api("new_api", "proc", TARGET), umount("new_api_umount", TARGET)), 20)
 
 
-def _service() -> tuple[Step, ...]:
-    """What systemd 257 calls for a service with PrivateNetwork= and ProtectSystem=, in the order that strace showed.
-
-    No recording: a namespace, a recursive copy of the root, umount_recursive() of its sys, a new sysfs there, read-only
-    remounts. Where covers were copied, calls fail or succeed otherwise than where there are none, so no errno is
-    expected.
-    """
-    slave = int(MountFlag.MS_SLAVE | MountFlag.MS_REC)
-    read_only = BIND | int(MountFlag.MS_REMOUNT | MountFlag.MS_RDONLY | MountFlag.MS_NOSUID)
-    sys = f"{ROOT}/sys"
-    umounts = [sys, f"{sys}/fs/cgroup", sys, f"{sys}/devices/virtual", f"{sys}/kernel", sys]
-    return (
-        Step("", "unshare"),
-        mount("", "-", "/", "-", slave),
-        mount("", "/", ROOT, "-", RECURSIVE_BIND),
-        *(umount("", path, flags=NOFOLLOW, expected=ANY_ERRNO) for path in umounts),
-        new_api("", "sysfs", sys, expected=ANY_ERRNO),
-        *(mount("", f"{ROOT}{path}", f"{ROOT}{path}", "-", RECURSIVE_BIND) for path in ("/usr", "/etc")),
-        *(mount("", "-", f"{ROOT}{path}", "-", read_only, ANY_ERRNO) for path in ("/usr", "/etc")),
-        Step("", "home"),
-    )
-
-
-SYSTEMD = Workload("systemd", _service(), 10, whole="systemd_service")
+#: Errnos differ: where covers were copied there is something to unmount.
+SYSTEMD = Workload(
+    "systemd", tuple(Step("", call) for call in systemd.service()), 10, whole="systemd_service"
+)
 
 ALL = (DENIED, DENIED_LAZY, FREE, TMPFS, REMOUNT, PROPAGATION, PROC, COPIES, NEW_API, SYSTEMD)
 
