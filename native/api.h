@@ -217,12 +217,21 @@ struct ix_slot {
 };
 
 /* An effect whose caller was interrupted before it could be told: the restarted call gets the result. */
+/* Where a thread stands, on which depends what its arguments mean. IDs of mounts are unique, so this tells its mount
+ * namespace as well. All zero: not known. */
+struct ix_context {
+	uint64_t root_mnt_id, root_ino;
+	uint64_t cwd_mnt_id, cwd_ino;
+	uint64_t netns_ino;
+};
+
 struct ix_orphan {
 	int32_t tid;           /* 0: free */
 	int32_t nr;
 	uint64_t args[6];
 	uint64_t instruction_pointer;
 	uint64_t after_id;     /* the mount that the call's path leads to now; 0: the result is a descriptor */
+	struct ix_context context;  /* where the caller stood */
 	int32_t result;
 	uint32_t order;        /* the oldest goes where there is no room */
 };

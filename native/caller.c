@@ -120,3 +120,32 @@ void ix_account(const struct ix_call *call)
 	}
 	pthread_mutex_unlock(&ix_guard_state.stats_lock);
 }
+
+/* Of an object of the thread's, by what it is called in procfs. */
+static void identify(int tid, const char *what, uint64_t *mnt_id, uint64_t *ino)
+{
+	char name[64];
+	struct ix_stat st;
+	ix_caller_path(name, tid, what);
+	if (ix_statx(ix_guard_state.proc, name, AT_STATX_DONT_SYNC | AT_NO_AUTOMOUNT, &st) < 0)
+		return;
+	*mnt_id = st.mnt_id;
+	*ino = st.ino;
+}
+
+struct ix_context ix_context_of(int tid)
+{
+	struct ix_context c = {0};
+	uint64_t of_nsfs;
+	identify(tid, "root", &c.root_mnt_id, &c.root_ino);
+	identify(tid, "cwd", &c.cwd_mnt_id, &c.cwd_ino);
+	identify(tid, "ns/net", &of_nsfs, &c.netns_ino);
+	return c;
+}
+
+/* Also where it is not known. */
+bool ix_same_context(const struct ix_context *a, const struct ix_context *b)
+{
+	static const struct ix_context unknown;
+	return memcmp(a, &unknown, sizeof(*a)) == 0 || memcmp(a, b, sizeof(*a)) == 0;
+}

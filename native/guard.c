@@ -78,6 +78,9 @@ bool ix_still_wanted(struct ix_call *call)
 	const struct seccomp_notif *mine = notif_of(call->slot);
 	if (ix_still_waiting(call))
 		return true;
+	struct ix_context here = ix_context_of(call->tid);
+	if (!ix_same_context(&call->context, &here))
+		return false;
 	bool wanted = false;
 	pthread_mutex_lock(&g->turn_lock);
 	for (int i = 0; i < IX_SLOTS && !wanted; i++) {
@@ -201,14 +204,15 @@ static void remember_orphan(struct ix_call *call, const struct seccomp_notif *n,
 	struct ix_guard_state *g = &ix_guard_state;
 	cleanup_close int fd = given;
 	uint64_t after_id = given < 0 ? mount_after(call, n) : 0;
-	if (given < 0 && after_id == 0)
+	/* A context or a clone is made again as well; a context that was mounted is used up. */
+	if (given < 0 ? after_id == 0 : n->data.nr != SYS_fsmount)
 		return;
 	pthread_mutex_lock(&g->orphan_lock);
 	struct ix_orphan *o = place_of(call->tid);
 	int old = clear_orphan(o);
 	*o = (struct ix_orphan){
 		.tid = call->tid, .nr = n->data.nr, .instruction_pointer = n->data.instruction_pointer,
-		.after_id = after_id, .result = result,
+		.after_id = after_id, .context = call->context, .result = result,
 		.order = (uint32_t)__atomic_add_fetch(&g->journal->orphaned, 1, __ATOMIC_RELEASE),
 	};
 	memcpy(o->args, n->data.args, sizeof(o->args));
@@ -220,7 +224,7 @@ static void remember_orphan(struct ix_call *call, const struct seccomp_notif *n,
 
 /*
  * Whether this is a restart of a call whose effect has taken place. It must be the thread's very next call, with the
- * same arguments from the same instruction, and lead to what the effect left there.
+ * same arguments from the same instruction and the same place, and lead to what the effect left there.
  */
 static bool adopt_orphan(struct ix_call *call, const struct seccomp_notif *n, struct ix_reply *reply)
 {
@@ -231,6 +235,9 @@ static bool adopt_orphan(struct ix_call *call, const struct seccomp_notif *n, st
 	pthread_mutex_unlock(&g->orphan_lock);
 	if (found.tid != call->tid || found.nr != n->data.nr || found.instruction_pointer != n->data.instruction_pointer ||
 	    memcmp(found.args, n->data.args, sizeof(found.args)) != 0)
+		return false;
+	struct ix_context here = ix_context_of(call->tid);
+	if (!ix_same_context(&found.context, &here))
 		return false;
 	if (found.after_id == 0) {
 		if (fd < 0)
@@ -264,6 +271,9 @@ static struct ix_reply examine(struct ix_call *call, const struct seccomp_notif 
 		return ix_let_kernel_run("a test guard that lets everything through");
 	if (recover && call->slot->phase >= IX_PHASE_ACTING) {
 		call->mntns = ix_open_caller(ix_guard_state.proc, call->tid, "ns/mnt", O_RDONLY);
+		call->context = ix_context_of(call->tid);
+		if (!ix_still_waiting(call))
+			memset(&call->context, 0, sizeof(call->context));
 		if (ix_act_recover(call, &result))
 			return ix_acted(call, result);
 	}
@@ -364,6 +374,7 @@ void ix_serve_call(struct ix_listener *listener, struct ix_slot *slot, int turn,
 	call.id = n->id;
 	memcpy(call.args, n->data.args, sizeof(call.args));
 	call.mntns = call.target = -1;
+	memset(&call.context, 0, sizeof(call.context));
 	call.path[0] = '\0';
 	uint64_t start = now_ns();
 	slot->since_ns = start;

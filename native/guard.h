@@ -73,6 +73,7 @@ struct ix_call {
 	uint64_t id;
 	uint64_t args[6];
 	int mntns;                     /* the caller's, once opened */
+	struct ix_context context;     /* where it stood then */
 	int target;                    /* O_PATH, once resolved */
 	struct ix_stat target_stat;
 	char path[PATH_MAX];
@@ -176,6 +177,8 @@ int ix_read_string(int tid, uint64_t address, char *out, size_t size);
 bool ix_caller_has_cap(int tid, int capability);
 bool ix_caller_rules(const struct ix_call *call, int ns_fd);
 bool ix_caller_is_nested(const struct ix_call *call);
+struct ix_context ix_context_of(int tid);
+bool ix_same_context(const struct ix_context *a, const struct ix_context *b);
 void ix_account(const struct ix_call *call);
 /* resolve.c */
 int ix_top_of(int directory);

@@ -66,8 +66,13 @@ static int resolve_target(struct ix_call *call, bool follow)
 
 bool ix_open_mount_namespace(struct ix_call *call)
 {
-	if (call->mntns < 0)
-		call->mntns = ix_open_caller(ix_guard_state.proc, call->tid, "ns/mnt", O_RDONLY);
+	if (call->mntns >= 0)
+		return true;
+	call->mntns = ix_open_caller(ix_guard_state.proc, call->tid, "ns/mnt", O_RDONLY);
+	call->context = ix_context_of(call->tid);
+	/* A thread that a signal has taken out of the call may be anywhere by now. */
+	if (!ix_still_waiting(call))
+		ix_close_fd(&call->mntns);
 	return call->mntns >= 0;
 }
 

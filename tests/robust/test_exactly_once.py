@@ -11,6 +11,8 @@ from typing import TypeVar
 import pytest
 
 from interceptor.kernel import mount as km
+from interceptor.kernel.flags import CLONE_NEWNS
+from interceptor.kernel.namespaces import unshare
 from interceptor.library import Interceptor
 from tests import guarded as inside
 from tests.robust import support
@@ -154,3 +156,45 @@ def test_equal_calls_one_after_the_other_count_each(daemon: Interceptor) -> None
     with daemon.spawn(wait_killable=False) as child:
         for _ in range(4):
             assert child.call(_stacks, depth) == ([0] * (4 * depth + 2), 2 * depth)
+
+
+#: How often the caller changes namespaces between two tries of the same call.
+CHANGES = 400
+
+
+def _changes_namespaces() -> tuple[int, int, list[str]]:
+    """The same mount again and again; whenever a signal breaks it off, from another mount namespace or root."""
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.siginterrupt(signal.SIGALRM, True)
+    Truth().prepare()
+    wrong: list[str] = []
+    changes = calls = 0
+    signal.setitimer(signal.ITIMER_REAL, INTERVAL, INTERVAL)
+    while changes < CHANGES and not wrong:
+        result = inside.try_mount(b"x", NEW, b"proc")
+        calls += 1
+        if result == errno.EINTR:
+            changes += 1
+            _again(lambda: unshare(CLONE_NEWNS))
+            if changes % 5 == 0:
+                os.chroot("/")
+            continue
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if result != 0 or not stack_at(NEW):
+            wrong.append(f"call {calls}: {result}")
+        wrong += [f"call {calls}: raw: {node!r}" for node in (*inside.raw_below(NEW), *inside.raw_nodes())]
+        while stack_at(NEW) and inside.try_umount(NEW) == 0:
+            pass
+        signal.setitimer(signal.ITIMER_REAL, INTERVAL, INTERVAL)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return calls, changes, wrong
+
+
+def test_a_caller_that_changes_namespaces_before_it_calls_again(daemon: Interceptor) -> None:
+    """What was made in the old mount namespace is not taken for what is asked for in the new one."""
+    with daemon.spawn(wait_killable=False) as child:
+        before = child.call(inside.originals)
+        calls, changes, wrong = child.call(_changes_namespaces)
+        print(f"{calls} calls, {changes} changes of namespace")
+        assert (changes, wrong) == (CHANGES, [])
+        assert child.call(inside.originals) == before
