@@ -220,24 +220,25 @@ class Answerer:
         self, container: Container, scene: Scene, chain: list[MountStat], kind: MountClass, request: Request
     ) -> Circumstances:
         """What besides its class decides about ``chain[0]``, asked of the kernel."""
+        holds = request is Request.DETACH and _holds_original(container, scene, chain[0])
         if kind is MountClass.COPIED_BASE:
             own = self._own_mounts(container, scene, chain[0])
             return Circumstances(
-                _reaches_original(container, scene, [chain]), own, protect_immutable=self._protect_immutable
+                _reaches_original(container, scene, [chain]), holds, own, self._protect_immutable
             )
         if kind is MountClass.COPIED_SUBMOUNT:
             base = welded_to(chain, container.baseline.plan)
             above = [m for m in chain if base is not None and len(m.point) <= len(base.point)]
             own = self._own_mounts(container, scene, chain[0])
             reaching = _reaches_original(container, scene, [above])
-            return Circumstances(reaching, own, self._protect_immutable)
+            return Circumstances(reaching, holds, own, self._protect_immutable)
         if request is Request.DETACH and kind in (MountClass.FREE, MountClass.IMMUTABLE):
             # A lazy unmount takes everything below along, and by propagation what stands at its places elsewhere.
             below = [scene.chain(m.mnt_id) for m in scene.below(chain[0].mnt_id) if is_base(m)]
             return Circumstances(
-                _reaches_original(container, scene, below), protect_immutable=self._protect_immutable
+                _reaches_original(container, scene, below), holds, protect_immutable=self._protect_immutable
             )
-        return Circumstances(protect_immutable=self._protect_immutable)
+        return Circumstances(holds_original=holds, protect_immutable=self._protect_immutable)
 
     def _own_mounts(self, container: Container, scene: Scene, base: MountStat) -> bool:
         return any(not self._is_welded(container, scene, m) for m in scene.below(base.mnt_id))
@@ -289,6 +290,15 @@ def _is_nested(container: Container, namespace: OwnedFd) -> bool:
 def _welded_on(container: Container, scene: Scene, base: MountStat) -> list[MountStat]:
     """The welded submounts of a base; not those of copies that the container mounted on top of it."""
     return [m for m in scene.below(base.mnt_id) if _base_of(container, scene, m) == base.mnt_id]
+
+
+def _holds_original(container: Container, scene: Scene, target: MountStat) -> bool:
+    """Whether an original base stands below a mount."""
+    bases = (m for m in scene.below(target.mnt_id) if is_base(m))
+    return any(
+        classify(scene.chain(m.mnt_id), container.baseline, scene.namespace) is MountClass.ORIGINAL_BASE
+        for m in bases
+    )
 
 
 def _shields(container: Container, base: MountStat, welded: Iterable[MountStat]) -> set[bytes]:

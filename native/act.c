@@ -329,9 +329,9 @@ bool ix_act_alone(struct ix_call *call, const struct ix_request *request, struct
 	if (request->op == IX_OP_UMOUNT) {
 		known = unmount_alone(call, id, namespace_id, reply);
 	} else if (request->op == IX_OP_DETACH) {
-		known = request->foreign ? !ix_guard_state.config.protect_immutable && ix_takes_no_peer_along(id)
+		known = request->foreign ? !ix_guard_state.config.protect_immutable && ix_takes_no_original_along(id, namespace_id)
 					 : ix_goes_whole(id, namespace_id, true);
-		*reply = ix_let_kernel_run("a lazy unmount takes along what is below, and that has no peers");
+		*reply = ix_let_kernel_run("a lazy unmount takes along what is below: no original, and nothing with peers");
 	} else {
 		known = ix_is_for_the_kernel(id, namespace_id, request->op, request->flags);
 		*reply = ix_let_kernel_run("only original bases are held, and a base's flags are its own but for read-only");

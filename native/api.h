@@ -189,6 +189,7 @@ struct ix_facts {
 	uint32_t type;
 	uint32_t bases;        /* how many of `base` */
 	uint32_t covers[2];    /* how many of `cover` */
+	uint32_t roots;        /* how many mounts are stacked at the container's root */
 	uint64_t namespace_id; /* the container's first mount namespace */
 	struct ix_original base[16];
 	uint64_t cover[2][64]; /* hashes of the managed paths of procfs and of sysfs, without slashes at the ends */

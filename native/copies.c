@@ -4,7 +4,7 @@
  */
 #include "guard.h"
 
-enum { BELOW_MAX = 64 };
+enum { BELOW_MAX = 64, DEPTH_MAX = 64 };
 
 struct seen {
 	struct ix_statmount sm;
@@ -26,6 +26,14 @@ void ix_take_facts(const struct ix_facts *facts)
 	pthread_mutex_lock(&ix_guard_state.cache_lock);
 	ix_guard_state.facts = *facts;
 	pthread_mutex_unlock(&ix_guard_state.cache_lock);
+}
+
+static struct ix_facts facts_now(void)
+{
+	pthread_mutex_lock(&ix_guard_state.cache_lock);
+	struct ix_facts facts = ix_guard_state.facts;
+	pthread_mutex_unlock(&ix_guard_state.cache_lock);
+	return facts;
 }
 
 /* Of this thread's mount namespace. */
@@ -55,6 +63,16 @@ static int kind_of_base(const struct seen *m)
 	return m->sm.sb_magic == IX_PROC_SUPER_MAGIC ? 0 : m->sm.sb_magic == IX_SYSFS_MAGIC ? 1 : -1;
 }
 
+/* How many mounts are at the root of the namespace, above this one: one more on a root that was pivoted away. */
+static uint32_t roots_above(const struct seen *m)
+{
+	struct seen at = *m;
+	uint32_t roots = 0;
+	for (int depth = 0; depth < DEPTH_MAX && at.sm.mnt_parent_id != at.sm.mnt_id && look(at.sm.mnt_parent_id, &at); depth++)
+		roots += strcmp(point_of(&at), "/") == 0;
+	return roots;
+}
+
 /* In a namespace cloned from the first one an original has another ID, and stands where the first one's stands. */
 static bool may_be_original(const struct ix_facts *facts, const struct seen *m, uint64_t namespace_id)
 {
@@ -62,7 +80,7 @@ static bool may_be_original(const struct ix_facts *facts, const struct seen *m, 
 		const struct ix_original *o = &facts->base[i];
 		if (namespace_id == facts->namespace_id ? o->mnt_id == m->sm.mnt_id
 							: o->dev_major == m->sm.sb_dev_major && o->dev_minor == m->sm.sb_dev_minor &&
-								  o->point == hash(point_of(m)))
+								  o->point == hash(point_of(m)) && roots_above(m) <= facts->roots)
 			return true;
 	}
 	return false;
@@ -98,27 +116,24 @@ static bool carries_only_covers(const struct ix_facts *facts, int kind, const st
 	return true;
 }
 
-static struct ix_facts facts_now(void)
-{
-	pthread_mutex_lock(&ix_guard_state.cache_lock);
-	struct ix_facts facts = ix_guard_state.facts;
-	pthread_mutex_unlock(&ix_guard_state.cache_lock);
-	return facts;
-}
-
 /*
- * Whether a lazy unmount takes no base along that has peers: what stands in its place elsewhere, an original perhaps,
- * would go as well (mounts/lineage.py:reaches).
+ * Whether a lazy unmount takes no original base along, and none that has peers: what stands in its place elsewhere, an
+ * original perhaps, would go as well (mounts/lineage.py:reaches).
  */
-bool ix_takes_no_peer_along(uint64_t mnt_id)
+bool ix_takes_no_original_along(uint64_t mnt_id, uint64_t namespace_id)
 {
+	struct ix_facts facts = facts_now();
 	uint64_t ids[BELOW_MAX], last = 0;
 	int64_t n;
+	if (facts.namespace_id == 0)
+		return false;
 	while ((n = ix_listmount(mnt_id, 0, last, ids, BELOW_MAX)) > 0)
 		for (int64_t i = 0; i < n; i++) {
 			struct seen m;
 			last = ids[i];
-			if (!look(last, &m) || (kind_of_base(&m) >= 0 && is_shared(m.sm.mnt_parent_id)))
+			if (!look(last, &m))
+				return false;
+			if (kind_of_base(&m) >= 0 && (is_shared(m.sm.mnt_parent_id) || may_be_original(&facts, &m, namespace_id)))
 				return false;
 		}
 	return n == 0;
@@ -158,5 +173,5 @@ bool ix_goes_whole(uint64_t mnt_id, uint64_t namespace_id, bool lazily)
 		return false;
 	if (base.sm.mnt_parent_id == mnt_id || is_shared(base.sm.mnt_parent_id))
 		return false;
-	return lazily || carries_only_covers(&facts, kind, &base);
+	return lazily ? ix_takes_no_original_along(mnt_id, namespace_id) : carries_only_covers(&facts, kind, &base);
 }

@@ -144,7 +144,7 @@ struct ix_reply ix_decide(struct ix_call *call, enum ix_op op, int fd, const str
 /* copies.c */
 void ix_take_facts(const struct ix_facts *facts);
 bool ix_is_for_the_kernel(uint64_t mnt_id, uint64_t namespace_id, enum ix_op op, uint64_t flags);
-bool ix_takes_no_peer_along(uint64_t mnt_id);
+bool ix_takes_no_original_along(uint64_t mnt_id, uint64_t namespace_id);
 bool ix_goes_whole(uint64_t mnt_id, uint64_t namespace_id, bool lazily);
 /* options.c */
 int ix_read_options(int tid, uint64_t address, char out[PATH_MAX]);

@@ -71,6 +71,15 @@ def test_in_a_cloned_namespace_the_same_procfs_bound_over_an_original_is_a_copy(
     assert classify(clone.chain(original), baseline, 200) is MountClass.ORIGINAL_BASE
 
 
+def test_an_original_of_a_cloned_namespace_is_none_on_a_root_that_was_pivoted_away() -> None:
+    """pivot_root(".", "."), after a recursive bind of the root: the old root stands on one that is like it."""
+    space, baseline = container()
+    clone = space.cloned(200)
+    new_root = clone.add(b"/", clone.at(b"/"), dev=clone.at(b"/").dev, root=clone.at(b"/").root)
+    upon_it = clone.composite(b"/proc", new_root)
+    assert classify(clone.chain(upon_it), baseline, 200) is MountClass.COPIED_BASE
+
+
 def test_a_shield_is_known_by_its_device() -> None:
     space, baseline = container()
     space.composite(b"/mnt", space.at(b"/"), shields=frozenset({b"sys"}))

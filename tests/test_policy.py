@@ -102,3 +102,10 @@ def test_a_lasting_verdict_does_not_depend_on_what_can_change(
 def test_an_original_that_the_kernel_has_locked_is_left_to_it(request_: Request) -> None:
     verdict = decide(request_, C.ORIGINAL_BASE, Circumstances(locked=True))
     assert verdict.deed is Deed.KERNEL and verdict.lasting
+
+
+@pytest.mark.parametrize("kind", [C.FREE, C.IMMUTABLE, C.COPIED_BASE, C.COPIED_SUBMOUNT])
+def test_nothing_is_unmounted_lazily_with_an_original_below_it(kind: C) -> None:
+    verdict = decide(Request.DETACH, kind, Circumstances(holds_original=True))
+    assert (verdict.deed, verdict.error, verdict.lasting) == (Deed.REFUSE, errno.EBUSY, False)
+    assert decide(Request.UMOUNT, C.FREE, Circumstances(holds_original=True)).deed is Deed.KERNEL

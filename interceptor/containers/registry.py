@@ -11,7 +11,7 @@ from typing import Any
 from interceptor.guards.link import Facts
 from interceptor.kernel.fd import OwnedFd
 from interceptor.mounts.composite import Material
-from interceptor.mounts.lineage import Baseline, MountClass, Recorded
+from interceptor.mounts.lineage import Baseline, MountClass, Recorded, roots
 from interceptor.mounts.managed import Cover, Covered, Plan
 
 #: As many as a guard knows again (native/newapi.c).
@@ -137,6 +137,7 @@ def facts_of(baseline: Baseline) -> Facts:
     """What a guard is told of a baseline."""
     return Facts(
         namespace=baseline.namespace,
+        roots=roots(baseline),
         bases=[(m.mnt_id, m.point, m.dev) for m in baseline.bases()],
         proc=[c.path for c in baseline.plan.proc],
         sys=[c.path for c in baseline.plan.sys],

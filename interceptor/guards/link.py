@@ -108,6 +108,8 @@ class Facts:
 
     namespace: int
     """ID of the container's first mount namespace."""
+    roots: int
+    """How many mounts are stacked at the container's root."""
     bases: Sequence[tuple[int, bytes, tuple[int, int]]]
     """The original ones: unique mount ID, mount point within the container's root, device."""
     proc: Sequence[bytes]
@@ -156,7 +158,10 @@ class GuardLink:
         covers = (facts.proc, facts.sys)
         if len(facts.bases) > lib.IX_FACT_BASES or any(len(paths) > lib.IX_FACT_COVERS for paths in covers):
             return True
-        record = ffi.new("struct ix_facts *", {"type": lib.IX_MSG_FACTS, "namespace_id": facts.namespace})
+        record = ffi.new(
+            "struct ix_facts *",
+            {"type": lib.IX_MSG_FACTS, "namespace_id": facts.namespace, "roots": facts.roots},
+        )
         record.bases = len(facts.bases)
         for index, (mnt_id, point, dev) in enumerate(facts.bases):
             record.base[index] = {

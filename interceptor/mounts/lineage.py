@@ -140,12 +140,19 @@ def _same_position(chain: Sequence[Mount], baseline: Baseline, namespace: int) -
     original = next((b for b in baseline.bases() if b.point == mount.point and b.dev == mount.dev), None)
     if original is None or _stacked(chain) > sum(m.point == mount.point for m in baseline.mounts.values()):
         return False
+    if sum(m.point == b"/" for m in chain[1:]) > roots(baseline):
+        return False  # on a root that was pivoted away, beneath one that is like it
     by_point = {m.point: m for m in baseline.mounts.values()}
     return all(
         m.point in by_point and (by_point[m.point].dev, by_point[m.point].root) == (m.dev, m.root)
         for m in chain[1:]
         if m.point  # the kernel's own rootfs, below the root of every namespace, has none
     )
+
+
+def roots(baseline: Baseline) -> int:
+    """How many mounts are stacked at the container's root."""
+    return sum(m.point == b"/" for m in baseline.mounts.values())
 
 
 def _stacked(chain: Sequence[Mount]) -> int:

@@ -44,6 +44,8 @@ class Circumstances:
 
     reaches_original: bool = False
     """Unmounting it would unmount an original base by propagation."""
+    holds_original: bool = False
+    """An original base stands below it, on a root that was pivoted away for example."""
     own_mounts: bool = False
     """The container has mounts of its own on it."""
     protect_immutable: bool = False
@@ -65,6 +67,8 @@ def decide(request: Request, kind: MountClass, circumstances: Circumstances) -> 
         return _move(kind)
     if kind is MountClass.ORIGINAL_BASE:
         return _original_base(request, circumstances)
+    if request is Request.DETACH and circumstances.holds_original and kind not in _WELDED:
+        return Verdict(Deed.REFUSE, "would take an original base along", errno.EBUSY)
     if kind is MountClass.COPIED_BASE:
         return _copied_base(request, circumstances)
     if kind is MountClass.COPIED_SUBMOUNT:

@@ -66,6 +66,21 @@ def test_an_ancestor_of_originals_is_moved(box: Box, context: str) -> None:
     assert box.attack(context, attack) == []
 
 
+def test_a_root_that_was_pivoted_away_is_not_unmounted_with_its_originals(box: Box) -> None:
+    """Nor what carries that root."""
+
+    def attack(where: Where) -> tuple[list[int], list[bytes]]:
+        held = {name: os.open(where.path(name), os.O_PATH | os.O_CLOEXEC) for name in BASES}
+        carriers = (where.path(b""), b"/run", b"/proc/thread-self/root/run", b"/proc/thread-self/cwd/run/")
+        errors = [try_umount(path, flags) for path in carriers for flags in (LAZY, LAZY | NOFOLLOW)]
+        return errors, [path for fd in held.values() for path in raw_below(b".", fd)]
+
+    errors, raw = box.attack("pivot", attack)
+    assert raw == []
+    if box.decides:
+        assert errors == [errno.EBUSY] * 8
+
+
 @pytest.mark.parametrize(
     "flags", [CLONE_NEWPID, CLONE_NEWPID | CLONE_NEWNS, CLONE_NEWPID | CLONE_NEWUSER | CLONE_NEWNS]
 )

@@ -8,6 +8,7 @@ import select
 
 import pytest
 
+from interceptor.kernel import mount
 from interceptor.kernel.flags import CLONE_NEWNS
 from interceptor.kernel.namespaces import unshare
 from interceptor.library import GuardedChild, Interceptor
@@ -26,7 +27,7 @@ from tests.robust.support import (
 
 pytestmark = pytest.mark.root
 
-MS_UNBINDABLE = 1 << 17
+MS_UNBINDABLE, MS_PRIVATE, MS_SLAVE = 1 << 17, 1 << 18, 1 << 19
 TARGET = COPY + b"/devices/virtual"
 
 
@@ -39,6 +40,26 @@ def _own(point: bytes) -> bytes:
     assert inside.try_mount(b"own", point, b"tmpfs") == 0
     os.mkdir(point + b"/mark")
     return point
+
+
+def _as_a_service(new_root: bytes) -> int:
+    """As systemd and container runtimes leave their old root: one upon the other, and the upper one away."""
+    unshare(CLONE_NEWNS)
+    for flags in (MS_SLAVE | MS_REC, MS_PRIVATE | MS_REC):
+        assert inside.try_mount(b"none", b"/", None, flags) == 0
+    os.makedirs(new_root, exist_ok=True)
+    assert inside.try_mount(b"/", new_root, None, MS_BIND | MS_REC) == 0
+    os.chdir(new_root)
+    mount.pivot_root(b".", b".")
+    return inside.try_umount(b".", MNT_DETACH)
+
+
+def test_who_has_a_mount_namespace_of_its_own_leaves_its_old_root(child: GuardedChild) -> None:
+    def body() -> tuple[list[int], list[bytes]]:
+        results = [_as_a_service(b"/run/new-root") for _ in range(3)]
+        return results, inside.raw_nodes()
+
+    assert child.call(body) == ([0, 0, 0], [])
 
 
 def _directory_in(path: bytes) -> bytes:
