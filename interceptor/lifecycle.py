@@ -217,6 +217,8 @@ class Lifecycle:
                 created_ns=created_ns,
                 groups=mapped_ids(state.pid, "gid_map"),
                 userns=os.fstat(userns.fileno()).st_ino,
+                namespaces=[os.fstat(fd.fileno()).st_ino for fd in (netns, ipc, uts)],
+                proc_mount=stat.statx(proc).mnt_id,
             )
             try:
                 # First with the keeper: a successor of the view's server must know all that this one does.

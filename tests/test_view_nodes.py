@@ -94,7 +94,7 @@ def test_swaps_is_what_the_kernel_says_without_swap() -> None:
         (Base.PROC, b"sys", b"sys"),
         (Base.PROC, b"sys/kernel/hostname", b"sys/kernel/hostname"),
         (Base.PROC, b"sys/kernel/ostype", b"sys"),
-        (Base.PROC, b"sys/net/ipv4", b"sys/net"),
+        (Base.PROC, b"sys/net/sctp", b"sys/net"),
         (Base.PROC, b"sys/net/ipv4/vs", b"sys/net/ipv4/vs"),
         (Base.PROC, b"sys/net/ipv4/vs/version", b"sys/net/ipv4/vs"),
         (Base.PROC, b"sys/net/ipv4/conf/eth0/forwarding", b"sys/net/ipv4/conf"),

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from interceptor.view.envoy import Container
+from interceptor.view.host import Within
 from interceptor.view.inodes import Inode
 from interceptor.view.nodes import NodeError, Row, Table, join
 from interceptor.view.protocol import Attr, Base
@@ -72,13 +73,15 @@ def is_there(table: Table, container: Container, base: Base, row: Row) -> bool:
     return True
 
 
-async def look(table: Table, container: Container, base: Base, path: bytes, row: Row) -> tuple[Attr, bool]:
+async def look(
+    table: Table, container: Container, base: Base, path: bytes, row: Row, within: Within | None = None
+) -> tuple[Attr, bool]:
     """A node's attributes, and whether the container's own value is meant. `NodeError` ENOENT if it is not there."""
     if not row.is_fixed_at(path):
-        return shown_attr(row, container, await container.getattr(base, path)), False
+        return shown_attr(row, container, await container.getattr(base, path, within)), False
     if row.may_be_real:
         try:
-            real = await container.getattr(base, path)
+            real = await container.getattr(base, path, within)
         except NodeError as error:
             if error.errno != errno.ENOENT:
                 raise
@@ -98,8 +101,15 @@ def means_real(row: Row, real: Attr) -> bool:
 class Listing:
     """One reading of a directory, from some position on."""
 
-    def __init__(self, inode: Inode, table: Table, containers: Iterable[tuple[bytes, Container]]) -> None:
+    def __init__(
+        self,
+        inode: Inode,
+        table: Table,
+        containers: Iterable[tuple[bytes, Container]],
+        within: Within | None = None,
+    ) -> None:
         self.inode = inode
+        self._within = within
         self._table = table
         self._containers = containers
 
@@ -129,7 +139,7 @@ class Listing:
         rows = self._table.children(base, directory)
         while True:
             try:
-                entries, following = await container.list(base, directory, cookie)
+                entries, following = await container.list(base, directory, cookie, self._within)
             except NodeError as error:
                 if error.errno == errno.ENOENT and above.may_be_real:
                     return []
@@ -176,7 +186,7 @@ class Listing:
                 continue  # the real directory has listed it, if it is there
             path = join(self.inode.path, name)
             try:
-                attr, stored = await look(self._table, container, base, path, row)
+                attr, stored = await look(self._table, container, base, path, row, self._within)
             except NodeError:
                 continue
             found.append(Listed(name, attr, _ROWS + index, container, base, path, row, stored))
