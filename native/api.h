@@ -288,6 +288,7 @@ enum {
 	IX_NODE_READ = 1,      /* a real node: READ goes there */
 	IX_NODE_KEEP = 2,      /* an open descriptor of it says the same to whoever reads it */
 	IX_NODE_DIRECTORY = 4,
+	IX_NODE_TEXT = 8,      /* what is said of it can be read from any position */
 };
 /* What an envoy is the end of: its container's bare procfs, by unique mount ID, and the inode numbers of its network,
  * IPC and UTS namespaces; 0 where not known. */
@@ -303,6 +304,7 @@ void ix_pump_envoy_gone(struct ix_pump *pump, int envoy);
 void ix_pump_envoy_owes(struct ix_pump *pump, int envoy, int answers);
 int ix_pump_learn(struct ix_pump *pump, uint64_t id, int envoy, int base, int flags, int ns, const char *path,
 		  size_t len);
+int ix_pump_say(struct ix_pump *pump, uint64_t id, const char *content, size_t len);
 void ix_pump_forget(struct ix_pump *pump, uint64_t id);
 int ix_pump_receive(struct ix_pump *pump, int others, void *buffer, size_t size, uint32_t *asked);
 

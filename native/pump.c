@@ -24,6 +24,7 @@ enum {
 	PATIENCE_US = 500,                       /* for an envoy, while everybody waits */
 	SULK_NS = 10 * 1000 * 1000,              /* how long an envoy goes the long way after that */
 	LINGER_US = 200,                         /* for what follows a request that was served here */
+	SPIN_US = 20,                            /* of that, without going to sleep */
 	BATCH = 64,
 	KEPT_MAX = 2048, KEEP = 1,
 };
@@ -55,6 +56,8 @@ struct node {
 	uint8_t base, flags;                     /* IX_NODE_* */
 	int8_t ns;                               /* index of the namespace that it is one of, or -1 */
 	uint16_t path_len;
+	uint32_t said_len;
+	char *said;                              /* a value of the container's own; NULL: it has none here */
 	char path[];
 };
 
@@ -165,6 +168,7 @@ void ix_pump_forget(struct ix_pump *pump, uint64_t id)
 		if (node->kept >= 0)
 			unkeep(&pump->kept[node->kept]);
 		*at = node->next;
+		free(node->said);
 		free(node);
 	}
 }
@@ -185,6 +189,23 @@ int ix_pump_learn(struct ix_pump *pump, uint64_t id, int envoy, int base, int fl
 			      .path_len = (uint16_t)len};
 	memcpy(node->path, path, len);
 	pump->nodes[id % BUCKETS] = node;
+	return 0;
+}
+
+/* What a node that is no real one says from now on. -ENOENT: not learned, -ENOMEM. */
+int ix_pump_say(struct ix_pump *pump, uint64_t id, const char *content, size_t len)
+{
+	struct node *node = *find(pump, id);
+	char *copy;
+	if (!node)
+		return -ENOENT;
+	copy = malloc(len + 1);
+	if (!copy)
+		return -ENOMEM;
+	memcpy(copy, content, len);
+	free(node->said);
+	node->said = copy;
+	node->said_len = (uint32_t)len;
 	return 0;
 }
 
@@ -337,6 +358,15 @@ static bool serve_kept(struct ix_pump *pump, const struct fuse_in_header *head, 
 	return true;
 }
 
+static void serve_said(const struct ix_pump *pump, const struct fuse_in_header *head, const struct fuse_read_in *in,
+		       const struct node *node)
+{
+	/* Numbers come whole, at position 0 (kernel/sysctl.c). */
+	uint64_t end = in->offset && !(node->flags & IX_NODE_TEXT) ? 0 : node->said_len;
+	uint64_t left = in->offset < end ? end - in->offset : 0;
+	answer(pump, head->unique, 0, node->said + in->offset * !!left, left < in->size ? left : in->size);
+}
+
 /* 1: answered; 0: not ours; a number with OUR_SEQ: the envoy has been asked under it. */
 static uint32_t serve_read(struct ix_pump *pump, const struct fuse_in_header *head, const struct fuse_read_in *in,
 			   struct node *node)
@@ -346,7 +376,13 @@ static uint32_t serve_read(struct ix_pump *pump, const struct fuse_in_header *he
 	bool keeps = node->flags & IX_NODE_KEEP && envoy->home.proc_mount;
 	cleanup_close int passed = -1;
 
-	if (!(node->flags & IX_NODE_READ) || in->fh & FOREIGN || in->offset > INT64_MAX)
+	if (in->fh & FOREIGN || in->offset > INT64_MAX)
+		return 0;
+	if (node->said) {
+		serve_said(pump, head, in, node);
+		return 1;
+	}
+	if (!(node->flags & IX_NODE_READ))
 		return 0;
 	if (node->kept >= 0 && serve_kept(pump, head, in, node))
 		return 1;
@@ -419,6 +455,17 @@ static uint32_t serve(struct ix_pump *pump, const struct fuse_in_header *head, s
 	}
 }
 
+/* read(2). To sleep and to be woken costs more than what is asked for next, which nearly always comes at once. */
+static ssize_t take(const struct ix_pump *pump, void *buffer, size_t size, bool spin)
+{
+	int64_t until = spin ? ix_pump_now_ns() + SPIN_US * 1000 : 0;
+	ssize_t n;
+	do
+		n = read(pump->device, buffer, size);
+	while (n < 0 && errno == EAGAIN && spin && ix_pump_now_ns() < until);
+	return n;
+}
+
 /* After an open comes a read: going through all that the caller watches in between would take as long as both. */
 static bool more_soon(const struct ix_pump *pump, int others)
 {
@@ -434,7 +481,7 @@ int ix_pump_receive(struct ix_pump *pump, int others, void *buffer, size_t size,
 {
 	bool served = false;
 	for (int i = 0; i < BATCH; i++) {
-		ssize_t n = read(pump->device, buffer, size);
+		ssize_t n = take(pump, buffer, size, served);
 		if (n < 0 && (errno == EINTR || errno == ENOENT))
 			continue;                /* interrupted before we saw it */
 		if (n < 0 && errno == EAGAIN && served && more_soon(pump, others))

@@ -208,3 +208,28 @@ def test_new_devices_are_listed_at_once(view: ViewProcess, box: Sandbox) -> None
         return said
 
     assert view.run(inside, box) == [True, False]
+
+
+# Values of the container's own, which the pump knows as well
+
+
+def test_what_was_written_is_what_the_pump_says(view: ViewProcess, box: Sandbox) -> None:
+    view.add(box, keep=True)
+    number, text = node("proc/sys/vm/swappiness"), node("proc/sys/kernel/core_pattern")
+
+    def positions(path: str) -> list[str]:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            return [os.pread(fd, size, at).decode() for size, at in ((100, 0), (1, 0), (100, 1), (100, 50))]
+        finally:
+            os.close(fd)
+
+    def inside() -> list[object]:
+        write(number, "17")
+        write(text, "/bin/dump")
+        return [positions(number), positions(text)]
+
+    expected = [["17\n", "1", "", ""], ["/bin/dump\n", "/", "bin/dump\n", ""]]
+    assert view.run(inside, box) == expected
+    view.restart()
+    assert view.run(lambda: [positions(number), positions(text)], box) == expected

@@ -16,6 +16,7 @@ class NodeFlag(IntFlag):
     READ = lib.IX_NODE_READ
     KEEP = lib.IX_NODE_KEEP
     DIRECTORY = lib.IX_NODE_DIRECTORY
+    TEXT = lib.IX_NODE_TEXT
 
 
 class Pump:
@@ -68,6 +69,10 @@ class Pump:
         """A node that everybody may read; ``flags`` are `NodeFlag`, ``namespace`` the index of its kind, or -1."""
         result = lib.ix_pump_learn(self._pump, number, envoy, base, flags, namespace, path, len(path))
         checked(result, "ix_pump_learn", number)
+
+    def say(self, number: int, content: bytes) -> None:
+        """What a node says from now on that it has learned, and that is no real one."""
+        checked(lib.ix_pump_say(self._pump, number, content, len(content)), "ix_pump_say", number)
 
     def forget(self, number: int) -> None:
         """The kernel does not know it any more, or it is not like that any more."""

@@ -39,6 +39,9 @@ _OPENED_MAX = 4096
 _FOREIGN = 1 << 61
 """Marks handles of callers that are in another namespace than the container's own (FOREIGN of native/pump.c)."""
 
+_OF_OWN = 1 << 16
+"""With the flags that the pump knows of an inode: it has been told what that says."""
+
 _SETATTR_SIZE, _SETATTR_TIMES, _SETATTR_FH, _SETATTR_NOW = 1 << 3, 1 << 4 | 1 << 5, 1 << 6, 1 << 7 | 1 << 8
 
 T = TypeVar("T")
@@ -184,14 +187,16 @@ class View:
         """Tell the pump of what everybody may read: that needs nobody's judgement."""
         container, base, row = inode.container, inode.base, inode.row
         assert self._pump is not None and container is not None and base is not None
-        learned = None
+        learned: tuple[int, int] | None = None
         if row is not None and attr.mode & 0o444 == 0o444 and container.envoy.number >= 0:
             flags = NodeFlag(0)
             if stat.S_ISDIR(attr.mode):
                 flags = NodeFlag.DIRECTORY
-            elif not inode.stored and not callable(row.source):
+            elif inode.stored:
+                flags = NodeFlag.TEXT if row.is_text else NodeFlag(0)
+            elif not callable(row.source):
                 flags = NodeFlag.READ | (NodeFlag.KEEP if row.kept and base is Base.PROC else 0)
-            learned = container.envoy.number, flags
+            learned = container.envoy.number, flags | (_OF_OWN if inode.stored else 0)
         if learned == inode.pumped:
             return
         if learned is None:
@@ -199,7 +204,9 @@ class View:
         else:
             assert row is not None
             namespace = -1 if row.namespace is None else row.namespace
-            self._pump.learn(inode.number, learned[0], base, inode.path, learned[1], namespace)
+            self._pump.learn(inode.number, learned[0], base, inode.path, learned[1] & ~_OF_OWN, namespace)
+            if inode.stored:
+                self._pump.say(inode.number, container.values.get(base, row))
         inode.pumped = learned
 
     def _resolve(self, parent: Inode, name: bytes) -> tuple[Container, Base | None, bytes, Row | None]:
@@ -396,7 +403,10 @@ class View:
             await self._write_name(container, row, offset, data, within)
             return wire.written(len(data))
         if seen.stored and row.effect is not Effect.NONE:
-            return wire.written(self._write_stored(container, base, row, offset, data))
+            taken = self._write_stored(container, base, row, offset, data)
+            if node.pumped is not None and self._pump is not None and node.stored:
+                self._pump.say(node.number, container.values.get(base, row))
+            return wire.written(taken)
         if row.effect is Effect.NONE or (row.is_stored and not row.may_be_real):
             raise NodeError(errno.EIO)
         if row.check is None or offset:

@@ -300,10 +300,19 @@ _NET = (
 ROWS: tuple[Row, ...] = (
     text(b"uptime", uptime),
     text(b"swaps", constant(SWAPS_HEADER)),
+    # By the task that reads, not by the node that is open (proc_do_uts_string; ns_last_pid goes by PID namespace).
+    *(
+        real(b"sys/kernel/" + name, cache_s=10, rights=SYSCTL)
+        for name in (b"ostype", b"osrelease", b"version", b"arch", b"ns_last_pid")
+    ),
+    *(
+        real(b"sys/" + name, cache_s=10, kept=True, rights=SYSCTL)
+        for name in (b"abi", b"debug", b"dev", b"fs", b"kernel")
+    ),
     # Everything else in /proc/sys is the container's own, by its namespaces, or refused to it by the kernel.
     real(b"sys", mode=stat.S_IFDIR | 0o555, cache_s=10, rights=SYSCTL),
     # Limits of the container's user namespace.
-    real(b"sys/user", rooted=True, cache_s=10, rights=Rights.LIMITS),
+    real(b"sys/user", rooted=True, cache_s=10, kept=True, rights=Rights.LIMITS),
     *_FS,
     *_KERNEL,
     *_VM,
