@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from interceptor.view.protocol import REPLY_MAX, Add, Op, Remove
-from tests.view_support import SANDBOX_IDS, Sandbox, ViewProcess, node, outcome, read, write
+from interceptor.view.filesystem import TABLE
+from interceptor.view.protocol import REPLY_MAX, Add, Base, Op, Remove
+from tests.view_support import SANDBOX_IDS, Sandbox, ViewProcess, forked, node, outcome, read, reap, write
 
 pytestmark = pytest.mark.root
 
@@ -233,3 +235,52 @@ def test_what_was_written_is_what_the_pump_says(view: ViewProcess, box: Sandbox)
     assert view.run(inside, box) == expected
     view.restart()
     assert view.run(lambda: [positions(number), positions(text)], box) == expected
+
+
+def test_what_is_kept_says_the_same_to_whoever_reads_it(box: Sandbox) -> None:
+    """The rows' claim, on this kernel: opened in the container's namespaces, read in them and in the host's."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    top = f"/proc/self/fd/{box.proc.fileno()}"
+
+    def inside() -> None:
+        box.enter()
+        socket.sethostname("another")
+        for number, name in enumerate(("ip_default_ttl", "tcp_retries2", "ip_local_port_range")):
+            with contextlib.suppress(OSError):
+                write(
+                    f"{top}/sys/net/ipv4/{name}",
+                    f"{40 + number} 50000" if "range" in name else f"{40 + number}",
+                )
+        for path in tree(f"{top}/sys"):
+            inner = os.path.relpath(path, top)
+            row = TABLE.find(Base.PROC, inner.encode())
+            if row is None or not row.kept or not stat.S_ISREG(os.stat(path).st_mode):
+                continue
+            with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+                content = file.read(4096)
+                socket.send_fds(theirs, [inner.encode() + b"\0" + content], [file.fileno()])
+        theirs.send(b"end")
+
+    pid = forked(inside)
+    compared, wrong = 0, []
+    while True:
+        packet, fds, _, _ = socket.recv_fds(ours, 8192, 1)
+        if not fds:
+            break
+        path, _, content = packet.partition(b"\0")
+        again = os.pread(fds[0], 4096, 0)
+        os.close(fds[0])
+        compared += 1
+        if again != content and path not in CHANGES:
+            wrong.append((path, content, again))
+    assert reap(pid) == 0
+    ours.close()
+    theirs.close()
+    assert wrong == [] and compared > 300
+
+
+CHANGES: tuple[bytes, ...] = (
+    *(b"sys/fs/file-nr", b"sys/fs/inode-nr", b"sys/fs/inode-state", b"sys/fs/dentry-state", b"sys/fs/aio-nr"),
+    *(b"sys/kernel/random/entropy_avail", b"sys/kernel/pty/nr"),
+)
+"""By what else the machine does."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import time
 from collections import deque
@@ -136,6 +137,15 @@ class Envoy:
         self._unsent.clear()
         for call in calls.values():
             call.settle(errno.EIO)
+
+    def notice_end(self) -> None:
+        """Hang up if the other end has, without waiting for its turn."""
+        if self.alive:
+            poll = select.poll()
+            poll.register(self._sock, 0)
+            if poll.poll(0):
+                self._log.warning("envoy_ended")
+                self.close()
 
     def expire(self, now: float) -> float | None:
         """Fail what is over its time; the seconds until the next may be, None if nothing waits."""

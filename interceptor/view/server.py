@@ -204,6 +204,8 @@ class Server:
             *(message.groups, message.userns, message.namespaces),
         )
         known = self._view.containers.get(message.id)
+        if known is not None:
+            known.envoy.notice_end()
         if known is not None and known.envoy.alive:
             sock.close()
             if known.owner == owner:  # asked again, by somebody whose predecessor did not hear the answer
