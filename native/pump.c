@@ -25,7 +25,7 @@ enum {
 	SULK_NS = 10 * 1000 * 1000,              /* how long an envoy goes the long way after that */
 	LINGER_US = 200,                         /* for what follows a request that was served here */
 	SPIN_US = 20,                            /* of that, without going to sleep */
-	BATCH = 64,
+	BATCH = 64, BATCHES = 8,                 /* requests until others are looked for, and until they have a turn */
 	KEPT_MAX = 2048, KEEP = 1,
 };
 #define OURS (1ULL << 62)                        /* handles that we gave out */
@@ -455,6 +455,12 @@ static uint32_t serve(struct ix_pump *pump, const struct fuse_in_header *head, s
 	}
 }
 
+static bool others_wait(int others)
+{
+	struct pollfd p = {.fd = others, .events = POLLIN};
+	return poll(&p, 1, 0) > 0;
+}
+
 /* read(2). To sleep and to be woken costs more than what is asked for next, which nearly always comes at once. */
 static ssize_t take(const struct ix_pump *pump, void *buffer, size_t size, bool spin)
 {
@@ -480,7 +486,9 @@ static bool more_soon(const struct ix_pump *pump, int others)
 int ix_pump_receive(struct ix_pump *pump, int others, void *buffer, size_t size, uint32_t *asked)
 {
 	bool served = false;
-	for (int i = 0; i < BATCH; i++) {
+	for (int i = 0; i < BATCH * BATCHES; i++) {
+		if (i % BATCH == BATCH - 1 && others_wait(others))
+			break;
 		ssize_t n = take(pump, buffer, size, served);
 		if (n < 0 && (errno == EINTR || errno == ENOENT))
 			continue;                /* interrupted before we saw it */

@@ -167,8 +167,11 @@ class ViewKeeping:
 
 
 def _set_niceness(pid: int, niceness: int) -> None:
+    """Of a process, and of its session among others where the scheduler goes by sessions (autogroup in sched(7))."""
     with contextlib.suppress(OSError):  # ended already, or without CAP_SYS_NICE: then it takes its turn
         os.setpriority(os.PRIO_PROCESS, pid, niceness)
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/autogroup", "w") as file:
+        file.write(f"{niceness}")
 
 
 def send_parts(root: str, paths: list[str], sock: int) -> None:

@@ -39,8 +39,12 @@ _OPENED_MAX = 4096
 _FOREIGN = 1 << 61
 """Marks handles of callers that are in another namespace than the container's own (FOREIGN of native/pump.c)."""
 
-_OF_OWN = 1 << 16
-"""With the flags that the pump knows of an inode: it has been told what that says."""
+# What the pump knows of an inode, as numbers: this is asked for every entry of every listing.
+_DIRECTORY, _REAL = int(NodeFlag.DIRECTORY), int(NodeFlag.READ)
+_REAL_KEPT = _REAL | int(NodeFlag.KEEP)
+_OWN = 1 << 16
+"""It has been told what the container's own value is."""
+_OWN_TEXT = _OWN | int(NodeFlag.TEXT)
 
 _SETATTR_SIZE, _SETATTR_TIMES, _SETATTR_FH, _SETATTR_NOW = 1 << 3, 1 << 4 | 1 << 5, 1 << 6, 1 << 7 | 1 << 8
 
@@ -189,14 +193,14 @@ class View:
         assert self._pump is not None and container is not None and base is not None
         learned: tuple[int, int] | None = None
         if row is not None and attr.mode & 0o444 == 0o444 and container.envoy.number >= 0:
-            flags = NodeFlag(0)
+            flags = 0
             if stat.S_ISDIR(attr.mode):
-                flags = NodeFlag.DIRECTORY
+                flags = _DIRECTORY
             elif inode.stored:
-                flags = NodeFlag.TEXT if row.is_text else NodeFlag(0)
+                flags = _OWN_TEXT if row.is_text else _OWN
             elif not callable(row.source):
-                flags = NodeFlag.READ | (NodeFlag.KEEP if row.kept and base is Base.PROC else 0)
-            learned = container.envoy.number, flags | (_OF_OWN if inode.stored else 0)
+                flags = _REAL_KEPT if row.kept and base is Base.PROC else _REAL
+            learned = container.envoy.number, flags
         if learned == inode.pumped:
             return
         if learned is None:
@@ -204,7 +208,7 @@ class View:
         else:
             assert row is not None
             namespace = -1 if row.namespace is None else row.namespace
-            self._pump.learn(inode.number, learned[0], base, inode.path, learned[1] & ~_OF_OWN, namespace)
+            self._pump.learn(inode.number, learned[0], base, inode.path, learned[1] & ~_OWN, namespace)
             if inode.stored:
                 self._pump.say(inode.number, container.values.get(base, row))
         inode.pumped = learned

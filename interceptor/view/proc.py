@@ -172,9 +172,9 @@ _KERNEL = (
     text(b"sys/kernel/random/uuid", random_uuid, rooted=True, rights=SYSCTL, refusal=errno.EPERM),
     text(b"sys/kernel/random/boot_id", boot_id, rooted=True, rights=SYSCTL, refusal=errno.EPERM),
     # Written with a capability (ipc_permissions), whatever the mode says.
-    real(b"sys/kernel/sem_next_id", namespace=IPC, rights=Rights.CHECKPOINT),
-    real(b"sys/kernel/shm_next_id", namespace=IPC, rights=Rights.CHECKPOINT),
-    real(b"sys/kernel/msg_next_id", namespace=IPC, rights=Rights.CHECKPOINT),
+    real(b"sys/kernel/sem_next_id", cache_s=10, namespace=IPC, rights=Rights.CHECKPOINT),
+    real(b"sys/kernel/shm_next_id", cache_s=10, namespace=IPC, rights=Rights.CHECKPOINT),
+    real(b"sys/kernel/msg_next_id", cache_s=10, namespace=IPC, rights=Rights.CHECKPOINT),
     # The IPC namespace's (ipc/ipc_sysctl.c).
     *(
         real(b"sys/kernel/" + name, cache_s=10, namespace=IPC, kept=True, rights=SYSCTL)
