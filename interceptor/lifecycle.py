@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import select
-import signal
-import socket
 import time
 from collections import OrderedDict
 from typing import Any
 
 from interceptor.config import Config
+from interceptor.containers.envoys import Envoys
 from interceptor.containers.prepared import Preparations
 from interceptor.containers.registry import Container, Registry, baseline_of, facts_of, to_record
 from interceptor.containers.setup import Builder, Site
-from interceptor.containers.spec import Bundle, host_id_of_root, mapped_ids, read_bundle
+from interceptor.containers.spec import Bundle, host_id_of_root, read_bundle
 from interceptor.errors import ContainerError, InterceptorError
 from interceptor.guards.journal import Journal
 from interceptor.guards.keeper import Forked, Keeper
@@ -34,7 +32,7 @@ from interceptor.observe.log import get_logger
 from interceptor.observe.units import unit_of
 from interceptor.oci.state import ContainerProcessState, State
 from interceptor.verdicts import Answerer
-from interceptor.view.client import ViewClient, add_order
+from interceptor.view.client import ViewClient
 
 _GUARD_MODES = {"real": 0, "continue": 1, "random": 2}
 _VIEW_PATHS = [(b"proc", p) for p in VIEW_PROC] + [(b"sysfs", p) for p in VIEW_SYS]
@@ -53,7 +51,7 @@ class Lifecycle:
         self._log = get_logger()
         root = keeper.workshop_root
         self._view_device = stat.statx(mount.AT_FDCWD, os.path.join(root, "view")).dev
-        self._view = ViewClient(keeper.view)
+        self._envoys = Envoys(keeper, ViewClient(keeper.view), self._persist)
         self._janitor = Janitor()
         staging = os.path.join(root, "weld")
         welder = Welder(keeper.welder, staging, keeper.namespace, self._loop.call_later, self._janitor)
@@ -114,6 +112,7 @@ class Lifecycle:
         self._registry.add(container)
         self._start_supervisor(container, Journal.create(container.cid))
         self._loop.add_reader(container.pidfd.fileno(), self.remove, container.cid, "its first process ended")
+        self._envoys.watch(container)
         self._persist(container)
         if not late:
             self._await_listener(container)
@@ -155,7 +154,7 @@ class Lifecycle:
             baseline = builder.record(self._composer.shields.dev)
         except BaseException:
             if envoy is not None:
-                self._end_envoy(state.id, envoy.pidfd)
+                self._envoys.end(state.id, envoy.pidfd)
             material.close()
             raise
         finally:
@@ -197,36 +196,21 @@ class Lifecycle:
                 )
         if b"sysfs" not in bare:
             bare[b"sysfs"] = material.shelf.put(mount.fresh_mount(b"sysfs", {}, network_namespace=netns))
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with (
-            ours,
-            theirs,
             open_namespace(state.pid, "ipc") as ipc,
             open_namespace(state.pid, "uts") as uts,
             bare[b"proc"].open() as proc,
             bare[b"sysfs"].open() as sys_,
         ):
-            joined = [userns.fileno(), netns.fileno(), ipc.fileno(), uts.fileno()]
-            forked = self._keeper.fork_envoy(
-                theirs.fileno(), proc.fileno(), sys_.fileno(), pidfd.fileno(), joined
-            )
-            order = add_order(
+            return self._envoys.start(
                 state.id,
-                uid=uid,
-                gid=gid,
+                state.pid,
+                ids=(uid, gid),
                 created_ns=created_ns,
-                groups=mapped_ids(state.pid, "gid_map"),
-                userns=os.fstat(userns.fileno()).st_ino,
+                pidfd=pidfd,
+                namespaces=(userns, netns, ipc, uts),
+                bare=(proc, sys_),
             )
-            try:
-                # First with the keeper: a successor of the view's server must know all that this one does.
-                self._keeper.store(f"v/{state.id}", order, [ours.fileno()])
-                self._view.add(order, ours.fileno())
-            except InterceptorError:
-                self._keeper.forget(f"v/{state.id}")
-                _kill(forked.pidfd)
-                raise
-        return forked
 
     def _shelf_path(self, cid: str) -> str:
         return os.path.join(self._keeper.workshop_root, "shelf", cid)
@@ -240,14 +224,6 @@ class Lifecycle:
         for place, part in self._keeper.view_parts(list(places)).items():
             mount.mount_setattr(part, set_=HARDENED)
             material.view[places[place]] = material.shelf.put(part)
-
-    def _end_envoy(self, cid: str, pidfd: OwnedFd) -> None:
-        _kill(pidfd)
-        self._keeper.forget(f"v/{cid}")
-        try:
-            self._view.remove(cid)
-        except InterceptorError as error:
-            self._log.warning("the view did not let a container go", container=cid, error=str(error))
 
     # ---- guarding ----------------------------------------------------------------------------------------------
 
@@ -481,6 +457,7 @@ class Lifecycle:
             supervisor.start()
         else:
             self._await_listener(container)
+        self._envoys.watch(container)
         self._log.info("container taken over", container=container.cid, listeners=len(container.listeners))
 
     def _adopt_listeners(self, container: Container) -> None:
@@ -509,7 +486,7 @@ class Lifecycle:
             self._hang_ups.forget(listener.fileno())
         self._supervisors.pop(cid).stop()
         if container.envoy_pidfd is not None:
-            self._end_envoy(cid, container.envoy_pidfd)
+            self._envoys.end(cid, container.envoy_pidfd)
         self._coherence.remove(cid)
         self._keeper.forget(f"o/{cid}")
         self._keeper.forget(f"c/{cid}")
@@ -572,11 +549,6 @@ class Lifecycle:
     def about(self, cid: str) -> tuple[Container, Answerer]:
         """A container and who answers for it. Raises `ContainerError` where it is not known."""
         return self._known(cid), self._answerer
-
-
-def _kill(pidfd: OwnedFd) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfd.fileno(), signal.SIGKILL)
 
 
 def _require_user_namespace(state: State, userns: OwnedFd) -> None:

@@ -274,22 +274,45 @@ struct ix_guard_config {
 
 /* Both run in a child just forked by the spawner and never return: they keep only the descriptors named. */
 void ix_become_guard(int userns_fd, int proc_fd, int link_fd, int journal_fd, const struct ix_guard_config *config);
-/* pidfd: of a process with whose end the envoy ends, whoever else is left; -1: none. */
+/* ns_fds: user, network, IPC and UTS namespace. pidfd: of a process with whose end the envoy ends, whoever else is
+ * left; -1: none. */
 void ix_become_envoy(const int *ns_fds, int ns_count, int sock, int proc_fd, int sys_fd, int pidfd);
 
 /* ---- resolve.c, for tests: a path as thread `tid` would resolve it; returns an O_PATH descriptor ------------ */
 int ix_resolve(int proc_fd, int tid, int dirfd, const char *path, int follow);
 
 /* ---- envoy.c ----------------------------------------------------------------------------------------------- */
-int ix_envoy(int sock, int proc_fd, int sys_fd, int pidfd);
+int ix_envoy(int sock, int proc_fd, int sys_fd, int pidfd, const int *own);
 
 /* ---- pump.c ------------------------------------------------------------------------------------------------ */
+enum {
+	IX_NODE_READ = 1,      /* a real node: READ goes there */
+	IX_NODE_KEEP = 2,      /* an open descriptor of it says the same to whoever reads it */
+	IX_NODE_DIRECTORY = 4,
+	IX_NODE_TEXT = 8,      /* what is said of it can be read from any position */
+};
+/* What an envoy is the end of: its container's bare procfs, by unique mount ID, and the inode numbers of its network,
+ * IPC and UTS namespaces; 0 where not known. */
+struct ix_home {
+	uint64_t proc_mount;
+	uint64_t ns[3];
+};
 struct ix_pump;
-struct ix_pump *ix_pump_new(int device, uint64_t handle);
+struct ix_pump *ix_pump_new(int device, int proc_fd, uint64_t handle);
 void ix_pump_free(struct ix_pump *pump);
-int ix_pump_envoy(struct ix_pump *pump, int fd);
+int ix_pump_envoy(struct ix_pump *pump, int fd, const struct ix_home *home);
 void ix_pump_envoy_gone(struct ix_pump *pump, int envoy);
 void ix_pump_envoy_owes(struct ix_pump *pump, int envoy, int answers);
-int ix_pump_learn(struct ix_pump *pump, uint64_t id, int envoy, int base, const char *path, size_t len);
+int ix_pump_learn(struct ix_pump *pump, uint64_t id, int envoy, int base, int flags, int ns, const char *path,
+		  size_t len);
+int ix_pump_say(struct ix_pump *pump, uint64_t id, const char *content, size_t len);
 void ix_pump_forget(struct ix_pump *pump, uint64_t id);
 int ix_pump_receive(struct ix_pump *pump, int others, void *buffer, size_t size, uint32_t *asked);
+
+/* ---- pages.c: parts of listings, by slots ------------------------------------------------------------------ */
+int ix_pump_page_slot(uint64_t directory, uint64_t offset);
+int ix_pump_page_keep(struct ix_pump *pump, uint64_t directory, uint64_t offset, uint32_t size, int64_t life_ns,
+		      const char *data, size_t len);
+uint64_t ix_pump_page_given(struct ix_pump *pump, int slot);
+bool ix_pump_pages_given(struct ix_pump *pump);
+void ix_pump_page_drop(struct ix_pump *pump, int slot);

@@ -6,6 +6,7 @@
  * kernel/utsname_sysctl.c), and the kernel checks the container root's own rights, not ours.
  *
  * One request, one reply, in order; both are one packet of a SOCK_SEQPACKET socket and in the machine's byte order.
+ * Callers in namespaces further in are served there, if those belong to the container: it is setns(2) that judges.
  * Nothing is remembered between requests, nothing is allocated, and nothing may block: nodes are opened O_NONBLOCK and
  * anything but a regular file, directory or symbolic link is refused. Ends when the other end is closed, and with the
  * container's first process: the view waits for its envoys to end where nobody is left to end them.
@@ -17,6 +18,7 @@
 
 enum { OP_GETATTR = 1, OP_LIST, OP_READ, OP_WRITE, OP_READLINK, OP_OPEN, OP_SETHOSTNAME, OP_SETDOMAINNAME };
 enum { BASE_PROC, BASE_SYS, BASES };
+enum { KEEP = 1, WITHIN_NET = 2, WITHIN_IPC = 4, WITHIN_UTS = 8, WITHIN = 14 };
 enum { ENVOY_PATH_MAX = 4095, ENVOY_DATA_MAX = 65536, DENTS_MAX = 8192 };
 
 struct request {
@@ -25,7 +27,8 @@ struct request {
 	uint8_t base;
 	uint16_t path_len;
 	uint32_t size;         /* READ: bytes wanted; OPEN: O_RDONLY, O_WRONLY or O_RDWR */
-	uint32_t flags;        /* none yet: must be 0 */
+	uint32_t flags;        /* KEEP: READ hands the open file over as well, beside the reply; WITHIN_*: in a namespace
+				* of that kind, which comes beside the request, and not in ours */
 	uint64_t offset;       /* READ, WRITE: position; LIST: cookie to go on from, 0 to begin */
 };                             /* then path_len bytes of path, then what is to be written */
 
@@ -73,6 +76,8 @@ static struct {
 } out;
 
 static char path[ENVOY_PATH_MAX + 1];
+static int passed = -1;        /* what came beside the request */
+static int given = -1;         /* what goes beside the reply */
 static char dents[DENTS_MAX] __attribute__((aligned(8)));
 
 /* Opens `path` below `base` without following a single link or crossing a mount; the last component may be a link
@@ -191,7 +196,9 @@ static int op_list(int base)
 		next = (uint64_t)dent->off;
 		i += dent->reclen;
 	}
-	out.head.value = next;
+	/* To be asked again for nothing costs more than to look. */
+	n = syscall(SYS_getdents64, dir, dents, sizeof(dents));
+	out.head.value = n == 0 ? 0 : next;
 	return (int)at;
 }
 
@@ -207,6 +214,8 @@ static int op_read(int base)
 	do     /* read(2) where it will do: some nodes are not seekable */
 		n = in.head.offset ? pread(fd, out.data, size, (off_t)in.head.offset) : read(fd, out.data, size);
 	while (n < 0 && errno == EINTR);
+	if (n >= 0 && in.head.flags & KEEP)
+		given = ix_take_fd(&fd);
 	return ix_result(n);
 }
 
@@ -261,21 +270,16 @@ static int has_data(int op)
 	return op == OP_WRITE || op == OP_SETHOSTNAME || op == OP_SETDOMAINNAME;
 }
 
-static int serve(const int *bases, size_t received)
+/* Whether a request with these flags can be meant: at most one namespace, and none of another's to keep. */
+static bool flags_are_sound(uint32_t flags, int op)
 {
-	size_t len = in.head.path_len, body = received - sizeof(in.head);
+	if (flags & KEEP)
+		return flags == KEEP && op == OP_READ;
+	return !(flags & ~(uint32_t)WITHIN) && !(flags & (flags - 1));
+}
 
-	if (received > sizeof(in))      /* MSG_TRUNC gave the true length; the rest is lost */
-		return -EMSGSIZE;
-	if (len > ENVOY_PATH_MAX || len > body || in.head.base >= BASES || in.head.flags ||
-	    memchr(in.rest, '\0', len))
-		return -EINVAL;
-	if (body - len > (has_data(in.head.op) ? ENVOY_DATA_MAX : 0))
-		return -EINVAL;
-	memcpy(path, len ? in.rest : ".", len ? len : 1);
-	path[len ? len : 1] = '\0';
-
-	int base = bases[in.head.base];
+static int operate(int base, size_t len, size_t body)
+{
 	switch (in.head.op) {
 	case OP_GETATTR:
 		return op_getattr(base);
@@ -297,6 +301,86 @@ static int serve(const int *bases, size_t received)
 	}
 }
 
+/* `own`: our namespaces by the numbers of WITHIN_*, to come back to. */
+static int operate_within(int base, size_t len, size_t body, const int *own)
+{
+	static const struct { uint32_t flag; int kind; } kinds[] = {
+		{WITHIN_NET, CLONE_NEWNET}, {WITHIN_IPC, CLONE_NEWIPC}, {WITHIN_UTS, CLONE_NEWUTS}};
+	int which = 0;
+
+	while (kinds[which].flag != in.head.flags)
+		which++;
+	if (!own || passed < 0)
+		return -EINVAL;
+	if (setns(passed, kinds[which].kind) < 0)
+		return -errno;                  /* EPERM: not the container's */
+	int result = operate(base, len, body);
+	if (setns(own[which], kinds[which].kind) < 0)
+		_exit(1);
+	return result;
+}
+
+static int serve(const int *bases, size_t received, const int *own)
+{
+	size_t len = in.head.path_len, body = received - sizeof(in.head);
+
+	if (received > sizeof(in))      /* MSG_TRUNC gave the true length; the rest is lost */
+		return -EMSGSIZE;
+	if (len > ENVOY_PATH_MAX || len > body || in.head.base >= BASES || memchr(in.rest, '\0', len) ||
+	    !flags_are_sound(in.head.flags, in.head.op))
+		return -EINVAL;
+	if (body - len > (has_data(in.head.op) ? ENVOY_DATA_MAX : 0))
+		return -EINVAL;
+	memcpy(path, len ? in.rest : ".", len ? len : 1);
+	path[len ? len : 1] = '\0';
+	if (in.head.flags & WITHIN)
+		return operate_within(bases[in.head.base], len, body, own);
+	return operate(bases[in.head.base], len, body);
+}
+
+/* As recv(2), with the descriptor that came along in `passed`. What is more than one the kernel drops. */
+static ssize_t receive(int sock)
+{
+	union { struct cmsghdr align; char room[CMSG_SPACE(sizeof(int))]; } control;
+	struct iovec data = {&in, sizeof(in)};
+	struct msghdr message = {.msg_iov = &data, .msg_iovlen = 1, .msg_control = &control,
+				 .msg_controllen = sizeof(control)};
+	ssize_t n = recvmsg(sock, &message, MSG_TRUNC | MSG_CMSG_CLOEXEC);
+	struct cmsghdr *head = n >= 0 ? CMSG_FIRSTHDR(&message) : NULL;
+	if (head && head->cmsg_level == SOL_SOCKET && head->cmsg_type == SCM_RIGHTS &&
+	    head->cmsg_len == CMSG_LEN(sizeof(int)))
+		memcpy(&passed, CMSG_DATA(head), sizeof(int));
+	return n;
+}
+
+/* As send(2), with `given` beside it. That one is left out where too many descriptors of the user's are on their way. */
+static ssize_t reply(int sock, size_t len)
+{
+	union { struct cmsghdr align; char room[CMSG_SPACE(sizeof(int))]; } control = {0};
+	struct iovec data = {&out, len};
+	struct msghdr message = {.msg_iov = &data, .msg_iovlen = 1};
+	if (given >= 0) {
+		message.msg_control = &control;
+		message.msg_controllen = sizeof(control);
+		control.align = (struct cmsghdr){.cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS,
+						 .cmsg_len = CMSG_LEN(sizeof(int))};
+		memcpy(CMSG_DATA(&control.align), &given, sizeof(int));
+	}
+	ssize_t n = sendmsg(sock, &message, MSG_NOSIGNAL);
+	if (n < 0 && errno == ETOOMANYREFS) {
+		message.msg_controllen = 0;
+		n = sendmsg(sock, &message, MSG_NOSIGNAL);
+	}
+	return n;
+}
+
+static void close_both(void)
+{
+	ix_close_fd(&passed);
+	ix_close_fd(&given);
+	passed = given = -1;
+}
+
 /* Whether a request can be received, or the socket's end; false once the process of `pidfd` has ended. */
 static bool await_request(int sock, int pidfd)
 {
@@ -307,14 +391,13 @@ static bool await_request(int sock, int pidfd)
 }
 
 /* Serves requests on `sock` until it is closed or a process ends (pidfd; -1: none): 0 then, -errno when something is
- * wrong with the socket itself. */
-int ix_envoy(int sock, int proc_fd, int sys_fd, int pidfd)
+ * wrong with the socket itself. `own`: our network, IPC and UTS namespaces, NULL if nobody is served in others. */
+int ix_envoy(int sock, int proc_fd, int sys_fd, int pidfd, const int *own)
 {
 	const int bases[BASES] = {[BASE_PROC] = proc_fd, [BASE_SYS] = sys_fd};
 
 	while (await_request(sock, pidfd)) {
-		/* Without a control buffer the kernel drops descriptors that anybody might send along. */
-		ssize_t n = recv(sock, &in, sizeof(in), MSG_TRUNC);
+		ssize_t n = receive(sock);
 		if (n < 0 && errno == EINTR)
 			continue;
 		if (n == 0 || (n < 0 && errno == ECONNRESET))
@@ -325,15 +408,16 @@ int ix_envoy(int sock, int proc_fd, int sys_fd, int pidfd)
 			return -EBADMSG;
 
 		out.head = (struct reply){.seq = in.head.seq};
-		int len = serve(bases, (size_t)n);
+		int len = serve(bases, (size_t)n, own);
 		if (len < 0) {
 			out.head.error = -len;
 			out.head.value = 0;
 			len = 0;
 		}
 		do
-			n = send(sock, &out, sizeof(out.head) + (size_t)len, MSG_NOSIGNAL);
+			n = reply(sock, sizeof(out.head) + (size_t)len);
 		while (n < 0 && errno == EINTR);
+		close_both();
 		if (n < 0)
 			return errno == EPIPE || errno == ECONNRESET ? 0 : -errno;
 	}

@@ -1,15 +1,22 @@
 /*
- * The pump: takes requests of the view from /dev/fuse and answers by itself those that need no thought, reads of real
- * nodes that everybody may read. All else it hands to its caller (interceptor/view/session.py) as it came.
+ * The pump: takes requests of the view from /dev/fuse and answers by itself those that need no thought: opens of what
+ * everybody may read, reads of real nodes among that, listings that were made a moment ago (pages.c). All else it hands
+ * to its caller (interceptor/view/session.py) as it came, and so it does for callers in namespaces further in.
+ *
+ * Where all that counts is who opened a node, the envoy hands over its open descriptor at the first read, and the next
+ * ones need no envoy. (FUSE passthrough would need no pump either, but procfs may not be below anything:
+ * s_stack_depth in fs/proc/root.c.) Such reads do not wait for anybody: they are those of sysctls.
  *
  * A read goes to the container's envoy, which nearly always answers within microseconds: the pump waits for that, but
  * not for long. What takes longer is handed over, too, with the number of the request that the envoy has got already,
  * and that envoy's reads go the long way for a while: one container cannot hold up the others.
  */
-#include "compat.h"
+#include "pump.h"
 
 #include <linux/fuse.h>
 #include <poll.h>
+#include <stdio.h>
+#include <sys/resource.h>
 #include <time.h>
 
 enum {
@@ -17,9 +24,12 @@ enum {
 	PATIENCE_US = 500,                       /* for an envoy, while everybody waits */
 	SULK_NS = 10 * 1000 * 1000,              /* how long an envoy goes the long way after that */
 	LINGER_US = 200,                         /* for what follows a request that was served here */
-	BATCH = 64,
+	SPIN_US = 20,                            /* of that, without going to sleep */
+	BATCH = 64, BATCHES = 8,                 /* requests until others are looked for, and until they have a turn */
+	KEPT_MAX = 2048, KEEP = 1,
 };
-#define OURS (1ULL << 62)                        /* handles that we gave out, and numbers of our requests */
+#define OURS (1ULL << 62)                        /* handles that we gave out */
+#define FOREIGN (1ULL << 61)                     /* handles of callers in namespaces further in */
 #define RESENT (1ULL << 63)                      /* FUSE_UNIQUE_RESEND */
 #define OUR_SEQ 0x80000000U
 #define NOFLUSH (1U << 5)
@@ -42,8 +52,12 @@ struct node {
 	struct node *next;
 	uint64_t id;
 	int envoy;
-	uint8_t base;
+	int kept;                                /* its place among those, or -1 */
+	uint8_t base, flags;                     /* IX_NODE_* */
+	int8_t ns;                               /* index of the namespace that it is one of, or -1 */
 	uint16_t path_len;
+	uint32_t said_len;
+	char *said;                              /* a value of the container's own; NULL: it has none here */
 	char path[];
 };
 
@@ -51,53 +65,86 @@ struct envoy {
 	int fd;                                  /* -1: gone */
 	int waiting;                             /* answers that it owes to others than us */
 	int64_t long_way_until;                  /* CLOCK_MONOTONIC, ns */
+	struct ix_home home;
+};
+
+struct kept {
+	struct node *node;                       /* NULL: free */
+	int fd;
 };
 
 struct ix_pump {
-	int device;
+	int device, proc;
 	uint32_t seq;
 	uint64_t handle;
 	struct node *nodes[BUCKETS];
 	struct envoy *envoys;
 	int envoy_count;
+	struct kept *kept;
+	int kept_count, hand;                    /* which one makes room next */
+	struct ix_pages *pages;
 	struct { uint64_t handle, end; } ends[ENDS];   /* where a handle's last read came to the end */
 	struct { struct request head; char path[PATHS_MAX]; } out;
 	struct { struct reply head; char data[DATA_MAX]; } in;
 };
 
-static int64_t now_ns(void)
+int64_t ix_pump_now_ns(void)
 {
 	struct timespec t;
 	clock_gettime(CLOCK_MONOTONIC, &t);
 	return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-/* NULL without memory. `handle` is what nobody has given out before. */
-struct ix_pump *ix_pump_new(int device, uint64_t handle)
+struct ix_pages *ix_pump_pages(struct ix_pump *pump)
 {
+	return pump->pages;
+}
+
+/* NULL without memory. `handle` is what nobody has given out before; `proc_fd` is the host's procfs. */
+struct ix_pump *ix_pump_new(int device, int proc_fd, uint64_t handle)
+{
+	struct rlimit files = {.rlim_cur = 0};
 	struct ix_pump *pump = calloc(1, sizeof(*pump));
-	if (pump) {
-		pump->device = device;
-		pump->handle = handle | OURS;
-		pump->seq = (uint32_t)handle;
+	if (!pump)
+		return NULL;
+	getrlimit(RLIMIT_NOFILE, &files);
+	*pump = (struct ix_pump){.device = device, .proc = proc_fd, .handle = handle | OURS, .seq = (uint32_t)handle};
+	pump->kept_count = files.rlim_cur / 4 < KEPT_MAX ? (int)(files.rlim_cur / 4) : KEPT_MAX;
+	pump->kept = calloc((size_t)pump->kept_count + 1, sizeof(*pump->kept));
+	pump->pages = ix_pages_new();
+	if (!pump->kept || !pump->pages) {
+		ix_pump_free(pump);
+		return NULL;
 	}
 	return pump;
 }
 
 /* A number for an envoy's socket, or -ENOMEM. */
-int ix_pump_envoy(struct ix_pump *pump, int fd)
+int ix_pump_envoy(struct ix_pump *pump, int fd, const struct ix_home *home)
 {
 	struct envoy *more = realloc(pump->envoys, sizeof(*more) * ((size_t)pump->envoy_count + 1));
 	if (!more)
 		return -ENOMEM;
 	pump->envoys = more;
-	more[pump->envoy_count] = (struct envoy){.fd = fd};
+	more[pump->envoy_count] = (struct envoy){.fd = fd, .home = *home};
 	return pump->envoy_count++;
+}
+
+static void unkeep(struct kept *kept)
+{
+	if (kept->node) {
+		kept->node->kept = -1;
+		close(kept->fd);
+		*kept = (struct kept){.node = NULL};
+	}
 }
 
 void ix_pump_envoy_gone(struct ix_pump *pump, int envoy)
 {
 	pump->envoys[envoy].fd = -1;
+	for (int i = 0; i < pump->kept_count; i++)
+		if (pump->kept[i].node && pump->kept[i].node->envoy == envoy)
+			unkeep(&pump->kept[i]);
 }
 
 /* How many answers the envoy owes to its other users: while it owes any, they take what it says. */
@@ -118,25 +165,47 @@ void ix_pump_forget(struct ix_pump *pump, uint64_t id)
 {
 	struct node **at = find(pump, id), *node = *at;
 	if (node) {
+		if (node->kept >= 0)
+			unkeep(&pump->kept[node->kept]);
 		*at = node->next;
+		free(node->said);
 		free(node);
 	}
 }
 
-/* A real node that everybody may read. What is known of that number already is replaced. */
-int ix_pump_learn(struct ix_pump *pump, uint64_t id, int envoy, int base, const char *path, size_t len)
+/* A node that everybody may read; `ns`: as in struct ix_home, or -1. What is known of that number is replaced. */
+int ix_pump_learn(struct ix_pump *pump, uint64_t id, int envoy, int base, int flags, int ns, const char *path,
+		  size_t len)
 {
 	struct node *node;
-	if (len > PATHS_MAX || envoy < 0 || envoy >= pump->envoy_count)
+	if (len > PATHS_MAX || envoy < 0 || envoy >= pump->envoy_count || ns < -1 || ns > 2)
 		return -EINVAL;
 	ix_pump_forget(pump, id);
 	node = malloc(sizeof(*node) + len);
 	if (!node)
 		return -ENOMEM;
-	*node = (struct node){.next = pump->nodes[id % BUCKETS], .id = id, .envoy = envoy, .base = (uint8_t)base,
+	*node = (struct node){.next = pump->nodes[id % BUCKETS], .id = id, .envoy = envoy, .kept = -1,
+			      .base = (uint8_t)base, .flags = (uint8_t)flags, .ns = (int8_t)ns,
 			      .path_len = (uint16_t)len};
 	memcpy(node->path, path, len);
 	pump->nodes[id % BUCKETS] = node;
+	return 0;
+}
+
+/* What a node that is no real one says from now on. -ENOENT: not learned, -ENOMEM. */
+int ix_pump_say(struct ix_pump *pump, uint64_t id, const char *content, size_t len)
+{
+	struct node *node = *find(pump, id);
+	char *copy;
+	if (!node)
+		return -ENOENT;
+	copy = malloc(len + 1);
+	if (!copy)
+		return -ENOMEM;
+	memcpy(copy, content, len);
+	free(node->said);
+	node->said = copy;
+	node->said_len = (uint32_t)len;
 	return 0;
 }
 
@@ -145,6 +214,8 @@ void ix_pump_free(struct ix_pump *pump)
 	for (int i = 0; i < BUCKETS; i++)
 		while (pump->nodes[i])
 			ix_pump_forget(pump, pump->nodes[i]->id);
+	ix_pages_free(pump->pages);
+	free(pump->kept);
 	free(pump->envoys);
 	free(pump);
 }
@@ -160,20 +231,66 @@ static void answer(const struct ix_pump *pump, uint64_t unique, int error, const
 	while (n < 0 && errno == EINTR);
 }
 
-static bool serve_open(struct ix_pump *pump, const struct fuse_in_header *head, const struct fuse_open_in *in)
+/* Whether the caller, who waits for us, is in the container's own namespace where the node is one of such. */
+static bool is_at_home(const struct ix_pump *pump, const struct node *node, uint32_t pid)
 {
-	struct fuse_open_out out = {.fh = pump->handle, .open_flags = FOPEN_DIRECT_IO | NOFLUSH};
-	if ((in->flags & (O_ACCMODE | O_TRUNC)) != O_RDONLY)
+	static const char *const names[] = {"net", "ipc", "uts"};
+	struct stat st;
+	char path[32];
+	uint64_t home = node->ns < 0 ? 0 : pump->envoys[node->envoy].home.ns[node->ns];
+
+	if (!home)
+		return true;
+	snprintf(path, sizeof(path), "%u/ns/%s", pid, names[node->ns]);
+	return fstatat(pump->proc, path, &st, 0) < 0 || st.st_ino == home;     /* killed meanwhile: nobody hears it */
+}
+
+static bool serve_open(struct ix_pump *pump, const struct fuse_in_header *head, const struct fuse_open_in *in,
+		       const struct node *node)
+{
+	bool directory = head->opcode == FUSE_OPENDIR;
+	struct fuse_open_out out = {.fh = pump->handle, .open_flags = directory ? 0 : FOPEN_DIRECT_IO | NOFLUSH};
+	if (directory != !!(node->flags & IX_NODE_DIRECTORY) || (in->flags & (O_ACCMODE | O_TRUNC)) != O_RDONLY ||
+	    !is_at_home(pump, node, head->pid))
 		return false;
 	pump->handle++;
 	answer(pump, head->unique, 0, &out, sizeof(out));
 	return true;
 }
 
-/* The envoy's answer to request `seq`: bytes in pump->in, -ETIME if it is not there in time, -EIO if it is none. */
-static ssize_t envoys_answer(struct ix_pump *pump, int fd, uint32_t seq)
+static bool serve_list(struct ix_pump *pump, const struct fuse_in_header *head, const struct fuse_read_in *in)
+{
+	size_t len;
+	const char *data = in->fh & FOREIGN ? NULL : ix_pages_give(pump->pages, head->nodeid, in->offset, in->size,
+								   ix_pump_now_ns(), &len);
+	if (data)
+		answer(pump, head->unique, 0, data, len);
+	return data;
+}
+
+/* As recv(2), with the one descriptor that came along, or -1. */
+static ssize_t receive(int sock, void *buffer, size_t size, int *passed)
+{
+	union { struct cmsghdr align; char room[CMSG_SPACE(sizeof(int))]; } control;
+	struct iovec data = {buffer, size};
+	struct msghdr message = {.msg_iov = &data, .msg_iovlen = 1, .msg_control = &control,
+				 .msg_controllen = sizeof(control)};
+	ssize_t n = recvmsg(sock, &message, MSG_TRUNC | MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+	struct cmsghdr *head = n >= 0 ? CMSG_FIRSTHDR(&message) : NULL;
+	*passed = -1;
+	if (head && head->cmsg_level == SOL_SOCKET && head->cmsg_type == SCM_RIGHTS &&
+	    head->cmsg_len == CMSG_LEN(sizeof(int)))
+		memcpy(passed, CMSG_DATA(head), sizeof(int));
+	return n;
+}
+
+/* The envoy's answer to request `seq`: bytes in pump->in, -ETIME if it is not there in time, -EIO if it is none.
+ * *passed: the descriptor beside it, or -1. */
+static ssize_t envoys_answer(struct ix_pump *pump, int fd, uint32_t seq, int *passed)
 {
 	for (;;) {
+		ix_close_fd(passed);
+		*passed = -1;
 		struct pollfd p = {.fd = fd, .events = POLLIN};
 		struct timespec patience = {.tv_nsec = PATIENCE_US * 1000};
 		int ready = ppoll(&p, 1, &patience, NULL);
@@ -181,7 +298,7 @@ static ssize_t envoys_answer(struct ix_pump *pump, int fd, uint32_t seq)
 			continue;
 		if (ready == 0)
 			return -ETIME;
-		ssize_t n = ready < 0 ? -1 : recv(fd, &pump->in, sizeof(pump->in), MSG_TRUNC | MSG_DONTWAIT);
+		ssize_t n = ready < 0 ? -1 : receive(fd, &pump->in, sizeof(pump->in), passed);
 		if (n < 0 && (errno == EINTR || errno == EAGAIN))
 			continue;
 		if (n < (ssize_t)sizeof(pump->in.head) || n > (ssize_t)sizeof(pump->in) || pump->in.head.error < 0 ||
@@ -192,14 +309,84 @@ static ssize_t envoys_answer(struct ix_pump *pump, int fd, uint32_t seq)
 	}
 }
 
+/*
+ * Whether an envoy's descriptor is what it should be. Envoys have the container's rights, we have the host's, and some
+ * nodes of procfs tell by who reads: only this very sysctl will do. The mount is the bare one, which nobody but us has
+ * in reach, so that its path cannot be made up.
+ */
+static bool is_the_node(const struct ix_pump *pump, const struct node *node, int fd)
+{
+	struct ix_stat st;
+	char link[32], path[PATHS_MAX + 1];
+	uint64_t mount = pump->envoys[node->envoy].home.proc_mount;
+
+	if (!mount || ix_statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0 || !st.unique ||
+	    st.mnt_id != mount || !S_ISREG(st.mode))
+		return false;
+	snprintf(link, sizeof(link), "self/fd/%d", fd);
+	ssize_t n = readlinkat(pump->proc, link, path, sizeof(path));
+	return n > node->path_len && path[n - node->path_len - 1] == '/' &&
+	       !memcmp(path + n - node->path_len, node->path, node->path_len);
+}
+
+/* Takes the descriptor over, and lets another go where there are too many. */
+static void keep(struct ix_pump *pump, struct node *node, int *fd)
+{
+	if (!pump->kept_count || node->kept >= 0 || !is_the_node(pump, node, *fd))
+		return;
+	struct kept *place = &pump->kept[pump->hand];
+	unkeep(place);
+	*place = (struct kept){.node = node, .fd = ix_take_fd(fd)};
+	node->kept = pump->hand;
+	pump->hand = (pump->hand + 1) % pump->kept_count;
+}
+
+/* By the descriptor that we have: false if that is no good any more, as when the device has gone. */
+static bool serve_kept(struct ix_pump *pump, const struct fuse_in_header *head, const struct fuse_read_in *in,
+		       const struct node *node)
+{
+	ssize_t n;
+	do
+		n = pread(pump->kept[node->kept].fd, pump->in.data, in->size < DATA_MAX ? in->size : DATA_MAX,
+			  (off_t)in->offset);
+	while (n < 0 && errno == EINTR);
+	if (n < 0) {
+		unkeep(&pump->kept[node->kept]);
+		return false;
+	}
+	answer(pump, head->unique, 0, pump->in.data, (size_t)n);
+	return true;
+}
+
+static void serve_said(const struct ix_pump *pump, const struct fuse_in_header *head, const struct fuse_read_in *in,
+		       const struct node *node)
+{
+	/* Numbers come whole, at position 0 (kernel/sysctl.c). */
+	uint64_t end = in->offset && !(node->flags & IX_NODE_TEXT) ? 0 : node->said_len;
+	uint64_t left = in->offset < end ? end - in->offset : 0;
+	answer(pump, head->unique, 0, node->said + in->offset * !!left, left < in->size ? left : in->size);
+}
+
 /* 1: answered; 0: not ours; a number with OUR_SEQ: the envoy has been asked under it. */
 static uint32_t serve_read(struct ix_pump *pump, const struct fuse_in_header *head, const struct fuse_read_in *in,
-			   const struct node *node)
+			   struct node *node)
 {
 	struct envoy *envoy = &pump->envoys[node->envoy];
 	size_t slot = in->fh % ENDS;
+	bool keeps = node->flags & IX_NODE_KEEP && envoy->home.proc_mount;
+	cleanup_close int passed = -1;
 
-	if (envoy->fd < 0 || envoy->waiting || in->offset > INT64_MAX || now_ns() < envoy->long_way_until)
+	if (in->fh & FOREIGN || in->offset > INT64_MAX)
+		return 0;
+	if (node->said) {
+		serve_said(pump, head, in, node);
+		return 1;
+	}
+	if (!(node->flags & IX_NODE_READ))
+		return 0;
+	if (node->kept >= 0 && serve_kept(pump, head, in, node))
+		return 1;
+	if (envoy->waiting || ix_pump_now_ns() < envoy->long_way_until)
 		return 0;
 	if (pump->ends[slot].handle == in->fh) {
 		pump->ends[slot].handle = 0;
@@ -210,13 +397,14 @@ static uint32_t serve_read(struct ix_pump *pump, const struct fuse_in_header *he
 	}
 	pump->seq = (pump->seq + 1) | OUR_SEQ;
 	pump->out.head = (struct request){.seq = pump->seq, .op = OP_READ, .base = node->base, .path_len = node->path_len,
-					  .size = in->size < DATA_MAX ? in->size : DATA_MAX, .offset = in->offset};
+					  .size = in->size < DATA_MAX ? in->size : DATA_MAX, .offset = in->offset,
+					  .flags = keeps ? KEEP : 0};
 	memcpy(pump->out.path, node->path, node->path_len);
 	if (send(envoy->fd, &pump->out, sizeof(pump->out.head) + node->path_len, MSG_NOSIGNAL | MSG_DONTWAIT) < 0)
 		return 0;
-	ssize_t n = envoys_answer(pump, envoy->fd, pump->seq);
+	ssize_t n = envoys_answer(pump, envoy->fd, pump->seq, &passed);
 	if (n == -ETIME) {
-		envoy->long_way_until = now_ns() + SULK_NS;
+		envoy->long_way_until = ix_pump_now_ns() + SULK_NS;
 		return pump->seq;
 	}
 	if (n < 0) {
@@ -231,6 +419,8 @@ static uint32_t serve_read(struct ix_pump *pump, const struct fuse_in_header *he
 		pump->ends[slot].end = in->offset + (uint64_t)n;
 	}
 	answer(pump, head->unique, pump->in.head.error, pump->in.data, pump->in.head.error ? 0 : (size_t)n);
+	if (keeps && passed >= 0)
+		keep(pump, node, &passed);
 	return 1;
 }
 
@@ -238,22 +428,48 @@ static uint32_t serve_read(struct ix_pump *pump, const struct fuse_in_header *he
 static uint32_t serve(struct ix_pump *pump, const struct fuse_in_header *head, size_t len)
 {
 	const void *body = head + 1;
-	const struct node *node;
+	struct node *node;
 
 	if (len < sizeof(*head) + sizeof(uint64_t) || head->unique & RESENT)
 		return 0;
-	if (head->opcode == FUSE_RELEASE && ((const struct fuse_release_in *)body)->fh & OURS) {
+	switch (head->opcode) {
+	case FUSE_RELEASE:
+	case FUSE_RELEASEDIR:
+		if (!(((const struct fuse_release_in *)body)->fh & OURS))
+			return 0;
 		answer(pump, head->unique, 0, NULL, 0);
 		return 1;
+	case FUSE_READDIRPLUS:
+		return len >= sizeof(*head) + sizeof(struct fuse_read_in) && serve_list(pump, head, body);
+	case FUSE_OPEN:
+	case FUSE_OPENDIR:
+	case FUSE_READ:
+		node = *find(pump, head->nodeid);
+		if (!node || pump->envoys[node->envoy].fd < 0)
+			return 0;
+		if (head->opcode != FUSE_READ)
+			return serve_open(pump, head, body, node);
+		return len < sizeof(*head) + sizeof(struct fuse_read_in) ? 0 : serve_read(pump, head, body, node);
+	default:
+		return 0;
 	}
-	if (head->opcode != FUSE_OPEN && head->opcode != FUSE_READ)
-		return 0;
-	node = *find(pump, head->nodeid);
-	if (!node || pump->envoys[node->envoy].fd < 0)
-		return 0;
-	if (head->opcode == FUSE_OPEN)
-		return serve_open(pump, head, body);
-	return len < sizeof(*head) + sizeof(struct fuse_read_in) ? 0 : serve_read(pump, head, body, node);
+}
+
+static bool others_wait(int others)
+{
+	struct pollfd p = {.fd = others, .events = POLLIN};
+	return poll(&p, 1, 0) > 0;
+}
+
+/* read(2). To sleep and to be woken costs more than what is asked for next, which nearly always comes at once. */
+static ssize_t take(const struct ix_pump *pump, void *buffer, size_t size, bool spin)
+{
+	int64_t until = spin ? ix_pump_now_ns() + SPIN_US * 1000 : 0;
+	ssize_t n;
+	do
+		n = read(pump->device, buffer, size);
+	while (n < 0 && errno == EAGAIN && spin && ix_pump_now_ns() < until);
+	return n;
 }
 
 /* After an open comes a read: going through all that the caller watches in between would take as long as both. */
@@ -270,8 +486,10 @@ static bool more_soon(const struct ix_pump *pump, int others)
 int ix_pump_receive(struct ix_pump *pump, int others, void *buffer, size_t size, uint32_t *asked)
 {
 	bool served = false;
-	for (int i = 0; i < BATCH; i++) {
-		ssize_t n = read(pump->device, buffer, size);
+	for (int i = 0; i < BATCH * BATCHES; i++) {
+		if (i % BATCH == BATCH - 1 && others_wait(others))
+			break;
+		ssize_t n = take(pump, buffer, size, served);
 		if (n < 0 && (errno == EINTR || errno == ENOENT))
 			continue;                /* interrupted before we saw it */
 		if (n < 0 && errno == EAGAIN && served && more_soon(pump, others))

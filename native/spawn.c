@@ -91,7 +91,7 @@ void ix_become_envoy(const int *ns_fds, int ns_count, int sock, int proc_fd, int
 {
 	int fds[16] = {sock, proc_fd, sys_fd, pidfd};
 	const int joined = pidfd < 0 ? 3 : 4;
-	if (ns_count < 1 || ns_count > 8)
+	if (ns_count != 4)
 		_exit(EXIT_DESCRIPTORS);
 	for (int i = 0; i < ns_count; i++)
 		fds[joined + i] = ns_fds[i];
@@ -102,9 +102,8 @@ void ix_become_envoy(const int *ns_fds, int ns_count, int sock, int proc_fd, int
 		if (setns(fds[joined + i], 0) < 0)
 			_exit(EXIT_NAMESPACE);
 	become_container_root(fds[joined]);
-	for (int i = 0; i < ns_count; i++)
-		close(fds[joined + i]);
+	close(fds[joined]);
 	jail();
 	harden("interceptor-env");
-	_exit(ix_envoy(fds[0], fds[1], fds[2], pidfd < 0 ? -1 : fds[3]) < 0 ? 1 : 0);
+	_exit(ix_envoy(fds[0], fds[1], fds[2], pidfd < 0 ? -1 : fds[3], fds + joined + 1) < 0 ? 1 : 0);
 }

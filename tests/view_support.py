@@ -51,6 +51,7 @@ class Sandbox:
         from interceptor.kernel import flags
         from interceptor.kernel.mount import fresh_mount
         from interceptor.kernel.namespaces import open_namespace, unshare
+        from interceptor.kernel.stat import statx
 
         self.name = name
         self.created_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
@@ -80,6 +81,9 @@ class Sandbox:
         with open_namespace(self.pid, "pid") as pid_namespace:
             self.proc = fresh_mount(b"proc", {}, pid_namespace=pid_namespace)
         self.userns = os.stat(f"/proc/{self.pid}/ns/user").st_ino
+        net, ipc, uts = (os.fstat(fd.fileno()).st_ino for fd in self.namespaces[1:])
+        self.numbers = net, ipc, uts
+        self.proc_mount = statx(self.proc).mnt_id
         self.sys = fresh_mount(b"sysfs", {}, network_namespace=self.namespaces[1])
 
     def start_envoy(self) -> socket.socket:
@@ -194,7 +198,15 @@ class ViewProcess:
     def add(self, sandbox: Sandbox, *, keep: bool = False) -> None:
         """``keep``: the envoy's socket survives the server."""
         sock = sandbox.start_envoy()
-        message = Add(sandbox.name, SANDBOX_IDS[0], SANDBOX_IDS[0], sandbox.created_ns, userns=sandbox.userns)
+        message = Add(
+            sandbox.name,
+            SANDBOX_IDS[0],
+            SANDBOX_IDS[0],
+            sandbox.created_ns,
+            userns=sandbox.userns,
+            namespaces=sandbox.numbers,
+            proc_mount=sandbox.proc_mount,
+        )
         assert self.tell(message, [sock.fileno()]) == {"ok": True}
         if keep:
             self._added.append((message, sock))

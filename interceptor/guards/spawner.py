@@ -183,8 +183,8 @@ class Keeper:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         self._close(key)
-        # Its listeners, its overlays, which would stay mounted, and the view's socket to its envoy.
-        gone = ("o/" + key[2:], "v/" + key[2:])
+        # Its listeners, its overlays, which would stay mounted, the view's socket to its envoy, what that is made of.
+        gone = ("o/" + key[2:], "v/" + key[2:], "e/" + key[2:])
         for other in [k for k in self.store if k in gone or k.startswith("l/" + key[2:] + "/")]:
             self._close(other)
         self._end_if_idle()

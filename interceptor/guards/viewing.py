@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,8 @@ from interceptor.packets import receive_packet, send_packet
 
 VIEW_FLAGS = 2 | 4 | 8
 """MS_NOSUID, MS_NODEV, MS_NOEXEC."""
+HURRY = -15
+"""Niceness of a server until it serves: all containers wait for it."""
 DEATHS_MAX, DEATHS_WITHIN_S = 20, 10.0
 """So many deaths in so many seconds, and the connection is given up: what waits fails, instead of waiting for ever."""
 
@@ -96,6 +98,7 @@ class ViewKeeping:
             for fd in given:
                 os.close(fd)
             theirs.close()
+        _set_niceness(self.pid, HURRY)
         pidfd = os.pidfd_open(self.pid)
         self._selector.register(pidfd, selectors.EVENT_READ, lambda: self._died(pidfd))
         with contextlib.suppress(OSError):  # it died: its pidfd says so
@@ -108,6 +111,7 @@ class ViewKeeping:
         """Starts the first server and waits until it serves. `OSError` if it does not."""
         with self.start(()) as boot:
             message, _ = receive_packet(boot)
+        _set_niceness(self.pid, os.getpriority(os.PRIO_PROCESS, 0))
         if not isinstance(message, dict) or not message.get("ok"):
             raise OSError(f"the view did not start: {message!r}")
 
@@ -124,14 +128,20 @@ class ViewKeeping:
                 self.end()
                 return
             try:
-                boot = self.start(self._containers())
+                adds = list(self._containers())
+                boot = self.start(adds)
             except OSError:
                 continue  # dead already, or no process to be had
-            self._selector.register(boot, selectors.EVENT_READ, partial(self._drain, boot))
+            serves = iter([*(False for _ in adds), True])
+            drain = partial(self._drain, boot, self.pid, serves)
+            self._selector.register(boot, selectors.EVENT_READ, drain)
             return
 
-    def _drain(self, boot: socket.socket) -> None:
-        """Answers of a successor to its first orders: there is nobody who could do anything about them."""
+    def _drain(self, boot: socket.socket, pid: int, serves: Iterator[bool]) -> None:
+        """Answers of a successor to its first orders: there is nobody who could do anything about them.
+
+        ``serves`` says of each whether it is the one to the order to begin.
+        """
         try:
             message, _ = receive_packet(boot)
         except (OSError, ValueError):
@@ -139,7 +149,10 @@ class ViewKeeping:
         if message is None:
             self._selector.unregister(boot)
             boot.close()
-        elif not message.get("ok"):
+            return
+        if next(serves, False):
+            _set_niceness(pid, os.getpriority(os.PRIO_PROCESS, 0))
+        if not message.get("ok"):
             print(f"view_successor_refused error={message.get('error')!s}", file=sys.stderr, flush=True)
 
     def end(self) -> None:
@@ -151,6 +164,14 @@ class ViewKeeping:
             os.close(self.device)
             self.device = -1
         self._theirs.close()
+
+
+def _set_niceness(pid: int, niceness: int) -> None:
+    """Of a process, and of its session among others where the scheduler goes by sessions (autogroup in sched(7))."""
+    with contextlib.suppress(OSError):  # ended already, or without CAP_SYS_NICE: then it takes its turn
+        os.setpriority(os.PRIO_PROCESS, pid, niceness)
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/autogroup", "w") as file:
+        file.write(f"{niceness}")
 
 
 def send_parts(root: str, paths: list[str], sock: int) -> None:

@@ -46,15 +46,25 @@ def belongs_to(fd: FdLike, user_namespace: FdLike) -> bool:
     found, wanted = stat.statx(fd), os.fstat(c_fd(user_namespace))
     if found.dev != (os.major(wanted.st_dev), os.minor(wanted.st_dev)):
         return False
+    return bool(owners(fd, wanted.st_ino))
+
+
+def owners(namespace: FdLike, last: int) -> tuple[int, ...]:
+    """Inode numbers of the user namespace that owns a namespace and of those above it, up to the one numbered ``last``.
+
+    Empty if that is not among them. The descriptor must be one of a namespace.
+    """
+    found: list[int] = []
     try:
-        at = OwnedFd(fcntl.ioctl(c_fd(fd), _NS_GET_USERNS))
+        at = OwnedFd(fcntl.ioctl(c_fd(namespace), _NS_GET_USERNS))
         for _ in range(_NESTING_MAX):
-            if os.fstat(at.fileno()).st_ino == wanted.st_ino:
-                return True
+            found.append(os.fstat(at.fileno()).st_ino)
+            if found[-1] == last:
+                return tuple(found)
             at = OwnedFd(fcntl.ioctl(at.fileno(), _NS_GET_PARENT))
     except OSError:
         pass  # EPERM: above the initial one there is none
-    return False
+    return ()
 
 
 def owner(namespace: FdLike) -> OwnedFd:

@@ -69,7 +69,17 @@ class ViewClient:
             raise InterceptorError(f"the view does not answer: {error}", "restart the service") from error
 
 
-def add_order(cid: str, *, uid: int, gid: int, created_ns: int, groups: int, userns: int) -> dict[str, Any]:
+def add_order(
+    cid: str,
+    *,
+    uid: int,
+    gid: int,
+    created_ns: int,
+    groups: int,
+    userns: int,
+    namespaces: list[int],
+    proc_mount: int,
+) -> dict[str, Any]:
     """The order to serve a container (`interceptor.view.protocol.Add`)."""
     return {
         "op": "add",
@@ -79,4 +89,6 @@ def add_order(cid: str, *, uid: int, gid: int, created_ns: int, groups: int, use
         "created_ns": created_ns,
         "groups": groups,
         "userns": userns,
+        "namespaces": namespaces,
+        "proc_mount": proc_mount,
     }

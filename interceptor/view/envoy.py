@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import time
 from collections import deque
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from interceptor.errors import ProtocolError
-from interceptor.view.host import OverflowIds
+from interceptor.view.host import OverflowIds, Within
 from interceptor.view.nodes import NodeError, Owner
 from interceptor.view.protocol import (
     DATA_MAX,
@@ -44,13 +45,14 @@ TIME_LIMIT_S = 5.0
 
 
 class _Call(Waiting):
-    __slots__ = ("deadline", "operation", "path", "reply")
+    __slots__ = ("deadline", "operation", "path", "reply", "within")
 
-    def __init__(self, operation: Op, path: bytes, deadline: float) -> None:
+    def __init__(self, operation: Op, path: bytes, deadline: float, within: Within | None = None) -> None:
         super().__init__()
         self.operation = operation
         self.path = path
         self.deadline = deadline
+        self.within = within
         self.reply: Reply | None = None
 
 
@@ -136,6 +138,15 @@ class Envoy:
         for call in calls.values():
             call.settle(errno.EIO)
 
+    def notice_end(self) -> None:
+        """Hang up if the other end has, without waiting for its turn."""
+        if self.alive:
+            poll = select.poll()
+            poll.register(self._sock, 0)
+            if poll.poll(0):
+                self._log.warning("envoy_ended")
+                self.close()
+
     def expire(self, now: float) -> float | None:
         """Fail what is over its time; the seconds until the next may be, None if nothing waits."""
         while self._calls:
@@ -152,7 +163,15 @@ class Envoy:
         return None
 
     async def call(
-        self, op: Op, base: Base, path: bytes, *, offset: int = 0, size: int = 0, data: bytes = b""
+        self,
+        op: Op,
+        base: Base,
+        path: bytes,
+        *,
+        offset: int = 0,
+        size: int = 0,
+        data: bytes = b"",
+        within: Within | None = None,
     ) -> Reply:
         """One request and its reply. `NodeError` with the real node's errno; EIO if the envoy is dead or stuck."""
         if not self.alive or self._stuck:
@@ -164,8 +183,9 @@ class Envoy:
         if len(self._calls) >= PENDING_MAX:
             raise NodeError(errno.EAGAIN)
         self._seq = seq = self._seq + 1 & 0x7FFFFFFF  # the other half is the pump's
-        packet = encode_request(seq, op, base, path, offset=offset, size=size, data=data)
-        call = _Call(op, path, time.monotonic() + self._time_limit_s)
+        flags = within.kind.flag if within is not None else 0
+        packet = encode_request(seq, op, base, path, offset=offset, size=size, data=data, flags=flags)
+        call = _Call(op, path, time.monotonic() + self._time_limit_s, within)
         self._send(call, packet)
         return await self._answer(seq, call)
 
@@ -185,7 +205,7 @@ class Envoy:
     def _send(self, call: _Call, packet: bytes) -> None:
         if not self._unsent:
             try:
-                self._sock.send(packet)
+                self._send_now(call, packet)
                 return
             except (BlockingIOError, InterruptedError):
                 self._wants_to_send(True)
@@ -193,13 +213,19 @@ class Envoy:
                 raise NodeError(errno.EIO) from None  # hung up; receive() is about to notice
         self._unsent.append((call, packet))
 
+    def _send_now(self, call: _Call, packet: bytes) -> None:
+        if call.within is None:
+            self._sock.send(packet)
+        else:
+            socket.send_fds(self._sock, [packet], [call.within.fd.fileno()])
+
     def send_more(self) -> None:
         """Its queue was full and has room again."""
         while self._unsent:
             call, packet = self._unsent[0]
             try:
                 if not call.settled:  # else its caller has given up
-                    self._sock.send(packet)
+                    self._send_now(call, packet)
             except (BlockingIOError, InterruptedError):
                 return
             except OSError:
@@ -219,27 +245,33 @@ class Container:
     since_ns: int = field(default_factory=time.time_ns)
     """Time stamp of the nodes that we make up, nanoseconds since the epoch."""
 
-    async def getattr(self, base: Base, path: bytes) -> Attr:
+    async def getattr(self, base: Base, path: bytes, within: Within | None = None) -> Attr:
         """The real node's attributes, with the ids of the host."""
-        reply = await self.envoy.call(Op.GETATTR, base, path)
+        reply = await self.envoy.call(Op.GETATTR, base, path, within=within)
         return self._on_host(decode_attr(reply.data))
 
-    async def list(self, base: Base, path: bytes, cookie: int) -> tuple[list[Entry], int]:
+    async def list(
+        self, base: Base, path: bytes, cookie: int, within: Within | None = None
+    ) -> tuple[list[Entry], int]:
         """Entries of the real directory from ``cookie`` on (0: the first), and the cookie that follows (0: none)."""
-        reply = await self.envoy.call(Op.LIST, base, path, offset=cookie)
+        reply = await self.envoy.call(Op.LIST, base, path, offset=cookie, within=within)
         return list(self._entries(reply.data)), reply.value
 
     def _entries(self, data: bytes) -> Iterator[Entry]:
         for name, attr, cookie in decode_entries(data):
             yield Entry(name, self._on_host(attr), cookie)
 
-    async def open(self, base: Base, path: bytes, access: int) -> None:
+    async def open(self, base: Base, path: bytes, access: int, within: Within | None = None) -> None:
         """Whether the real file opens for ``access`` (O_WRONLY, O_RDWR); it is not kept open."""
-        await self.envoy.call(Op.OPEN, base, path, size=access)
+        await self.envoy.call(Op.OPEN, base, path, size=access, within=within)
 
-    async def read(self, base: Base, path: bytes, offset: int, size: int) -> bytes:
+    async def read(
+        self, base: Base, path: bytes, offset: int, size: int, within: Within | None = None
+    ) -> bytes:
         """At most ``size`` bytes of the real file, and at most `DATA_MAX`."""
-        reply = await self.envoy.call(Op.READ, base, path, offset=offset, size=min(size, DATA_MAX))
+        reply = await self.envoy.call(
+            Op.READ, base, path, offset=offset, size=min(size, DATA_MAX), within=within
+        )
         return reply.data[:size]
 
     async def read_asked(self, path: bytes, seq: int, size: int) -> bytes:
@@ -247,14 +279,16 @@ class Container:
         reply = await self.envoy.answer_to(seq, Op.READ, path)
         return reply.data[:size]
 
-    async def write(self, base: Base, path: bytes, offset: int, data: bytes) -> int:
+    async def write(
+        self, base: Base, path: bytes, offset: int, data: bytes, within: Within | None = None
+    ) -> int:
         """Write to the real file in one write(2); how many bytes it took."""
-        reply = await self.envoy.call(Op.WRITE, base, path, offset=offset, data=data)
+        reply = await self.envoy.call(Op.WRITE, base, path, offset=offset, data=data, within=within)
         return min(reply.value, len(data))
 
-    async def set_name(self, op: Op, name: bytes) -> None:
+    async def set_name(self, op: Op, name: bytes, within: Within | None = None) -> None:
         """sethostname(2) or setdomainname(2) in the container's UTS namespace."""
-        await self.envoy.call(op, Base.PROC, b"", data=name)
+        await self.envoy.call(op, Base.PROC, b"", data=name, within=within)
 
     async def readlink(self, base: Base, path: bytes) -> bytes:
         """The text of the real symbolic link."""

@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import structlog
 
+from interceptor.kernel.fd import OwnedFd
+from interceptor.kernel.namespaces import owners
 from interceptor.view.nodes import Capability
-from interceptor.view.protocol import Base
+from interceptor.view.protocol import Base, Namespace
 
 log = structlog.get_logger(__name__)
 
@@ -33,6 +35,16 @@ class Credentials(NamedTuple):
     def has(self, capability: Capability) -> bool:
         """Whether the capability is in its effective set."""
         return bool(self.capabilities >> capability.value & 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """A namespace of the container's that is not its own, but further in: somebody in it asks."""
+
+    kind: Namespace
+    fd: OwnedFd
+    owners: tuple[int, ...]
+    """Inode numbers of the user namespaces that it belongs to, up to the container's."""
 
 
 NOBODY = Credentials(frozenset(), 0, 0)
@@ -124,6 +136,27 @@ class KernelHost:
             return NOBODY
         finally:
             os.close(fd)
+
+    @property
+    def proc(self) -> int:
+        """A descriptor of the host's procfs."""
+        return self._bases[Base.PROC]
+
+    def within(self, pid: int, kind: Namespace, home: int, userns: int) -> Within | None:
+        """The namespace of a thread that waits for us, if it is not the one of inode number ``home``.
+
+        None also where it does not belong to the user namespace of number ``userns`` or one further in: who comes from
+        outside finds the container's own.
+        """
+        place = f"{pid}/ns/{kind.name.lower()}"
+        try:
+            if os.stat(place, dir_fd=self.proc).st_ino == home:
+                return None
+            fd = OwnedFd(os.open(place, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.proc))
+        except OSError:
+            return None
+        belongs = owners(fd, userns)
+        return Within(kind, fd, belongs) if belongs else None
 
     def overflow_ids(self) -> OverflowIds:
         """What unmapped ids look like on this host."""

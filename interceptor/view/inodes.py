@@ -46,8 +46,8 @@ class Inode:
     """Whether the container's own value is meant, and not the real node. Valid once `attr` is known."""
     attr_until: float = 0.0
     """Until when, by the monotonic clock, `attr` may be given out again."""
-    pumped: int = -1
-    """The envoy from which the pump reads it; -1: it does not."""
+    pumped: tuple[int, int] | None = None
+    """What the pump knows of it: its envoy, `NodeFlag`; None: nothing."""
 
 
 class Ledger:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from interceptor.view.envoy import Container
+from interceptor.view.host import Within
 from interceptor.view.inodes import Inode
 from interceptor.view.nodes import NodeError, Row, Table, join
 from interceptor.view.protocol import Attr, Base
@@ -72,19 +73,28 @@ def is_there(table: Table, container: Container, base: Base, row: Row) -> bool:
     return True
 
 
-async def look(table: Table, container: Container, base: Base, path: bytes, row: Row) -> tuple[Attr, bool]:
+async def look(
+    table: Table, container: Container, base: Base, path: bytes, row: Row, within: Within | None = None
+) -> tuple[Attr, bool]:
     """A node's attributes, and whether the container's own value is meant. `NodeError` ENOENT if it is not there."""
     if not row.is_fixed_at(path):
-        return shown_attr(row, container, await container.getattr(base, path)), False
+        return shown_attr(row, container, await container.getattr(base, path, within)), False
+    real = None
     if row.may_be_real:
         try:
-            real = await container.getattr(base, path)
+            real = await container.getattr(base, path, within)
         except NodeError as error:
             if error.errno != errno.ENOENT:
                 raise
-        else:
-            if means_real(row, real):
-                return shown_attr(row, container, real), False
+    return found_or_made(table, container, base, row, real)
+
+
+def found_or_made(
+    table: Table, container: Container, base: Base, row: Row, real: Attr | None
+) -> tuple[Attr, bool]:
+    """As `look`, at the row's own path, where the real node is known, or that there is none."""
+    if real is not None and means_real(row, real):
+        return shown_attr(row, container, real), False
     if not is_there(table, container, base, row):
         raise NodeError(errno.ENOENT)
     return fixed_attr(row, container), row.is_stored
@@ -98,10 +108,21 @@ def means_real(row: Row, real: Attr) -> bool:
 class Listing:
     """One reading of a directory, from some position on."""
 
-    def __init__(self, inode: Inode, table: Table, containers: Iterable[tuple[bytes, Container]]) -> None:
+    def __init__(
+        self,
+        inode: Inode,
+        table: Table,
+        containers: Iterable[tuple[bytes, Container]],
+        within: Within | None = None,
+    ) -> None:
         self.inode = inode
+        self._within = within
         self._table = table
         self._containers = containers
+        self._real_ones: dict[bytes, Attr] = {}
+        """Attributes of the real directory's entries, as far as they were read."""
+        self._from_beginning = False
+        self._to_the_end = False
 
     async def page(self, position: int) -> list[Listed]:
         """Entries from ``position`` on; an empty list at the end. `NodeError` as the real directory has it."""
@@ -109,7 +130,12 @@ class Listing:
             return self._dots()
         if position == _AFTER_DOT:
             return self._dots()[1:]
-        if self.inode.row is not None and self.inode.row.covers_below and position < _ROWS:
+        if (
+            self.inode.row is not None
+            and self.inode.row.covers_below
+            and position < _ROWS
+            and not self._to_the_end
+        ):
             page = await self._real(0 if position == _AFTER_DOTDOT else position)
             if page:
                 return page
@@ -127,15 +153,18 @@ class Listing:
         above = self.inode.row
         assert container is not None and base is not None and above is not None
         rows = self._table.children(base, directory)
+        self._from_beginning |= cookie == 0
         while True:
             try:
-                entries, following = await container.list(base, directory, cookie)
+                entries, following = await container.list(base, directory, cookie, self._within)
             except NodeError as error:
                 if error.errno == errno.ENOENT and above.may_be_real:
                     return []
                 raise
             page = []
+            self._to_the_end = following == 0
             for name, attr, after in entries:
+                self._real_ones[name] = attr
                 row = rows.get(name, above)
                 if name not in rows or row.mode is None:
                     shown = shown_attr(row, container, attr)
@@ -176,7 +205,11 @@ class Listing:
                 continue  # the real directory has listed it, if it is there
             path = join(self.inode.path, name)
             try:
-                attr, stored = await look(self._table, container, base, path, row)
+                if row.may_be_real and self._from_beginning and self._to_the_end:
+                    attr, stored = found_or_made(self._table, container, base, row, self._real_ones.get(name))
+                    found.append(Listed(name, attr, _ROWS + index, container, base, path, row, stored))
+                    continue
+                attr, stored = await look(self._table, container, base, path, row, self._within)
             except NodeError:
                 continue
             found.append(Listed(name, attr, _ROWS + index, container, base, path, row, stored))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
-from interceptor.view.protocol import Base
+from interceptor.view.protocol import Base, Namespace
 
 if TYPE_CHECKING:
     from interceptor.view.sysctl import Check
@@ -44,6 +44,8 @@ class Owner:
     """How many group ids, from 0 on, are mapped in the container."""
     userns: int = 0
     """Inode number of its user namespace; 0 if not known."""
+    namespaces: tuple[int, int, int] = (0, 0, 0)
+    """Inode numbers of its network, IPC and UTS namespaces (`Namespace`); 0 if not known."""
 
 
 class Host(Protocol):
@@ -146,6 +148,10 @@ class Row:
     """How many seconds the kernel may take names and attributes for granted; 0 where they can go unseen."""
     by_device: bool = False
     """Names right below are those of network devices, which come and go unseen: they are asked for each time."""
+    namespace: Namespace | None = None
+    """Of which kind of namespace the real node is: whoever is in another than the container's finds that one's."""
+    kept: bool = False
+    """An open descriptor of the real node says the same to whoever reads it (its inode decides, not the reader)."""
     rights: Rights = Rights.FILE
     capability: Capability | None = None
     """What a writer must have, too, or hear EPERM."""
@@ -203,6 +209,8 @@ def real(
     rooted: bool = False,
     cache_s: int = 0,
     by_device: bool = False,
+    namespace: Namespace | None = None,
+    kept: bool = False,
     rights: Rights = Rights.FILE,
     refusal: int | None = None,
 ) -> Row:
@@ -216,6 +224,8 @@ def real(
         rooted=rooted,
         cache_s=cache_s,
         by_device=by_device,
+        namespace=namespace,
+        kept=kept,
         rights=rights,
         refusal=refusal,
     )
@@ -250,6 +260,7 @@ def own(
     effect: Effect = Effect.STORE,
     mode: int = 0o644,
     source: Stored = Stored.ALWAYS,
+    namespace: Namespace | None = None,
     rights: Rights = Rights.SYSCTL,
     capability: Capability | None = None,
     default: bytes | None = None,
@@ -264,6 +275,7 @@ def own(
         effect=effect,
         rooted=True,
         cache_s=FOREVER_S if source is Stored.ALWAYS else 1,
+        namespace=namespace,
         rights=rights,
         capability=capability,
         default=default,
@@ -286,13 +298,15 @@ def directory(path: bytes, mode: int = 0o755) -> Row:
     return Row(path, Directory.OF_ROWS, mode=stat.S_IFDIR | mode, cache_s=FOREVER_S)
 
 
-def some_directory(path: bytes, rights: Rights) -> Row:
+def some_directory(path: bytes, rights: Rights, namespace: Namespace | None = None) -> Row:
     """The row of a directory that the host may have where the container's namespaces do not."""
     return Row(
         path,
         Directory.WHERE_NOT_REAL,
         mode=stat.S_IFDIR | 0o555,
         cache_s=1,
+        namespace=namespace,
+        kept=namespace is not None,
         rights=rights,
     )
 

@@ -27,7 +27,7 @@ from interceptor.view.nodes import (
     some_directory,
     text,
 )
-from interceptor.view.protocol import Base
+from interceptor.view.protocol import Base, Namespace
 from interceptor.view.sysctl import (
     INT_MAX,
     INT_MIN,
@@ -43,6 +43,7 @@ from interceptor.view.sysctl import (
 
 NS_PER_S = 1_000_000_000
 SYSCTL, NETWORK = Rights.SYSCTL, Rights.NETWORK
+NET, IPC, UTS = Namespace.NET, Namespace.IPC, Namespace.UTS
 RAISE = Effect.RAISE
 ADMIN = Capability.SYS_ADMIN
 
@@ -79,7 +80,15 @@ def boot_id(owner: Owner, host: Host) -> bytes:
 
 def network(path: bytes, check: Check, *, effect: Effect = Effect.STORE, default: bytes | None = None) -> Row:
     """The container's network namespace where the kernel has the node there and writable, else per container."""
-    return own(path, check, effect=effect, source=Stored.WHERE_NOT_REAL, rights=NETWORK, default=default)
+    return own(
+        path,
+        check,
+        effect=effect,
+        source=Stored.WHERE_NOT_REAL,
+        namespace=NET,
+        rights=NETWORK,
+        default=default,
+    )
 
 
 #: Those of net/sched that can be a default (qdisc_set_default): none of them needs parameters.
@@ -104,6 +113,8 @@ _FS = (
     own(b"sys/fs/inotify/max_queued_events", ints(0, INT_MAX), effect=RAISE),
     # Elasticsearch, databases with asynchronous input and output, Ceph: sum over the host.
     own(b"sys/fs/aio-max-nr", ulong(0, LONG_MAX), effect=RAISE),
+    # The IPC namespace's (ipc/mq_sysctl.c).
+    real(b"sys/fs/mqueue", cache_s=10, namespace=IPC, kept=True, rights=SYSCTL),
     # Tools that splice much (Docker's buildkit) read it and some raise it.
     own(b"sys/fs/pipe-max-size", ints(4096, INT_MAX)),
 )
@@ -144,6 +155,7 @@ _KERNEL = (
         b"sys/kernel/hostname",
         check=string(64),
         effect=Effect.HOSTNAME,
+        namespace=UTS,
         rooted=True,
         cache_s=10,
         rights=SYSCTL,
@@ -152,6 +164,7 @@ _KERNEL = (
         b"sys/kernel/domainname",
         check=string(64),
         effect=Effect.DOMAINNAME,
+        namespace=UTS,
         rooted=True,
         cache_s=10,
         rights=SYSCTL,
@@ -159,10 +172,17 @@ _KERNEL = (
     text(b"sys/kernel/random/uuid", random_uuid, rooted=True, rights=SYSCTL, refusal=errno.EPERM),
     text(b"sys/kernel/random/boot_id", boot_id, rooted=True, rights=SYSCTL, refusal=errno.EPERM),
     # Written with a capability (ipc_permissions), whatever the mode says.
-    real(b"sys/kernel/sem_next_id", rights=Rights.CHECKPOINT),
-    real(b"sys/kernel/shm_next_id", rights=Rights.CHECKPOINT),
-    real(b"sys/kernel/msg_next_id", rights=Rights.CHECKPOINT),
-    # shmall, shmmax, shmmni, msg*, sem: the IPC namespace's, by the row for all of /proc/sys.
+    real(b"sys/kernel/sem_next_id", cache_s=10, namespace=IPC, rights=Rights.CHECKPOINT),
+    real(b"sys/kernel/shm_next_id", cache_s=10, namespace=IPC, rights=Rights.CHECKPOINT),
+    real(b"sys/kernel/msg_next_id", cache_s=10, namespace=IPC, rights=Rights.CHECKPOINT),
+    # The IPC namespace's (ipc/ipc_sysctl.c).
+    *(
+        real(b"sys/kernel/" + name, cache_s=10, namespace=IPC, kept=True, rights=SYSCTL)
+        for name in (
+            *(b"sem", b"msgmax", b"msgmnb", b"msgmni", b"auto_msgmni"),
+            *(b"shmall", b"shmmax", b"shmmni", b"shm_rmid_forced"),
+        )
+    ),
 )
 
 _VM = (
@@ -181,6 +201,7 @@ _VM = (
     own(b"sys/vm/vfs_cache_pressure", ints(0, INT_MAX)),
     own(b"sys/vm/min_free_kbytes", ints(0, INT_MAX)),
     own(b"sys/vm/oom_kill_allocating_task", ints(0, INT_MAX)),
+    real(b"sys/vm", cache_s=10, kept=True, rights=SYSCTL),
     # By PID namespace, and an envoy is in none of the container's.
     own(b"sys/vm/memfd_noexec", ratchet(0, 2), capability=ADMIN),
 )
@@ -210,10 +231,11 @@ _NET = (
     ),
     network(b"sys/net/core/bpf_jit_enable", ints(0, 2)),
     network(b"sys/net/core/bpf_jit_harden", ints(0, 2)),
-    real(b"sys/net/ipv4/ping_group_range", check=group_range, cache_s=10, rights=NETWORK),
+    # Not kept: it is shown as the reader's user namespace maps it.
+    real(b"sys/net/ipv4/ping_group_range", check=group_range, cache_s=10, namespace=NET, rights=NETWORK),
     # Network namespaces but the initial one have no defaults for neighbours at all.
-    some_directory(b"sys/net/ipv4/neigh/default", NETWORK),
-    some_directory(b"sys/net/ipv6/neigh/default", NETWORK),
+    some_directory(b"sys/net/ipv4/neigh/default", NETWORK, NET),
+    some_directory(b"sys/net/ipv6/neigh/default", NETWORK, NET),
     *(
         network(
             b"sys/net/ipv%s/neigh/default/gc_thresh%d" % (version, number), ints(0, INT_MAX), default=default
@@ -222,7 +244,7 @@ _NET = (
         for number, default in ((1, b"128\n"), (2, b"512\n"), (3, b"1024\n"))
     ),
     # kube-proxy in ipvs mode. Network namespaces of other user namespaces have none of them (ip_vs_control_net_init).
-    some_directory(b"sys/net/ipv4/vs", NETWORK),
+    some_directory(b"sys/net/ipv4/vs", NETWORK, NET),
     *(
         network(b"sys/net/ipv4/vs/" + name, ints(low, high), effect=effect)
         for name, low, high, effect in (
@@ -252,7 +274,7 @@ _NET = (
             (b"run_estimation", 0, 1, Effect.STORE),
         )
     ),
-    some_directory(b"sys/net/netfilter", NETWORK),
+    some_directory(b"sys/net/netfilter", NETWORK, NET),
     # nf_conntrack_max is there in each network namespace, but may be written in the initial one alone before 6.16.
     network(b"sys/net/netfilter/nf_conntrack_max", ints(0, INT_MAX), effect=RAISE),
     network(b"sys/net/netfilter/nf_conntrack_generic_timeout", ints(0, INT_MAX), effect=RAISE),
@@ -262,22 +284,35 @@ _NET = (
     # The same value by its old name, which sysctl.d files still use.
     network(b"sys/net/nf_conntrack_max", ints(0, INT_MAX), effect=RAISE),
     # Named after network devices, which come and go.
-    real(b"sys/net/ipv4/conf", cache_s=10, by_device=True, rights=NETWORK),
-    real(b"sys/net/ipv4/neigh", cache_s=10, by_device=True, rights=NETWORK),
-    real(b"sys/net/ipv6/conf", cache_s=10, by_device=True, rights=NETWORK),
-    real(b"sys/net/ipv6/neigh", cache_s=10, by_device=True, rights=NETWORK),
-    real(b"sys/net/mpls/conf", cache_s=10, by_device=True, rights=NETWORK),
-    # The rest of it is the container's network namespace's.
-    real(b"sys/net", cache_s=10, rights=NETWORK),
+    real(b"sys/net/ipv4/conf", cache_s=10, by_device=True, namespace=NET, kept=True, rights=NETWORK),
+    real(b"sys/net/ipv4/neigh", cache_s=10, by_device=True, namespace=NET, kept=True, rights=NETWORK),
+    real(b"sys/net/ipv6/conf", cache_s=10, by_device=True, namespace=NET, kept=True, rights=NETWORK),
+    real(b"sys/net/ipv6/neigh", cache_s=10, by_device=True, namespace=NET, kept=True, rights=NETWORK),
+    real(b"sys/net/mpls/conf", cache_s=10, by_device=True, namespace=NET, kept=True, rights=NETWORK),
+    # The rest of it is the network namespace's. Protocols that are modules may go by who reads, as sctp did until 6.13.
+    *(
+        real(b"sys/net/" + name, cache_s=10, namespace=NET, kept=True, rights=NETWORK)
+        for name in (b"core", b"ipv4", b"ipv6", b"netfilter/nf_log")
+    ),
+    real(b"sys/net", cache_s=10, namespace=NET, rights=NETWORK),
 )
 
 ROWS: tuple[Row, ...] = (
     text(b"uptime", uptime),
     text(b"swaps", constant(SWAPS_HEADER)),
+    # By the task that reads, not by the node that is open (proc_do_uts_string; ns_last_pid goes by PID namespace).
+    *(
+        real(b"sys/kernel/" + name, cache_s=10, rights=SYSCTL)
+        for name in (b"ostype", b"osrelease", b"version", b"arch", b"ns_last_pid")
+    ),
+    *(
+        real(b"sys/" + name, cache_s=10, kept=True, rights=SYSCTL)
+        for name in (b"abi", b"debug", b"dev", b"fs", b"kernel")
+    ),
     # Everything else in /proc/sys is the container's own, by its namespaces, or refused to it by the kernel.
     real(b"sys", mode=stat.S_IFDIR | 0o555, cache_s=10, rights=SYSCTL),
     # Limits of the container's user namespace.
-    real(b"sys/user", rooted=True, cache_s=10, rights=Rights.LIMITS),
+    real(b"sys/user", rooted=True, cache_s=10, kept=True, rights=Rights.LIMITS),
     *_FS,
     *_KERNEL,
     *_VM,

@@ -58,6 +58,19 @@ class Base(IntEnum):
     SYS = 1
 
 
+class Namespace(IntEnum):
+    """Kinds of namespaces that nodes are of, by index. WITHIN_* of native/envoy.c are ``2 << index``."""
+
+    NET = 0
+    IPC = 1
+    UTS = 2
+
+    @property
+    def flag(self) -> int:
+        """What says in a request that its namespace comes along."""
+        return 2 << self
+
+
 class Attr(NamedTuple):
     """A node's attributes; the ids are those seen in the container's user namespace, times in nanoseconds."""
 
@@ -90,13 +103,21 @@ class Reply:
 
 
 def encode_request(
-    seq: int, op: Op, base: Base, path: bytes, *, offset: int = 0, size: int = 0, data: bytes = b""
+    seq: int,
+    op: Op,
+    base: Base,
+    path: bytes,
+    *,
+    offset: int = 0,
+    size: int = 0,
+    data: bytes = b"",
+    flags: int = 0,
 ) -> bytes:
     """A request packet. `ProtocolError` if something does not fit; the caller checks names and ranges first."""
     if len(path) > PATH_MAX or len(data) > DATA_MAX or b"\0" in path:
         raise ProtocolError(f"request for a path of {len(path)} and data of {len(data)} bytes does not fit")
     try:
-        return _REQUEST.pack(seq, op, base, len(path), size, 0, offset) + path + data
+        return _REQUEST.pack(seq, op, base, len(path), size, flags, offset) + path + data
     except struct.error as error:
         raise ProtocolError(f"request out of range: {error}") from None
 
@@ -147,6 +168,7 @@ def is_name(name: bytes) -> bool:
 
 
 ContainerId = Annotated[str, msgspec.Meta(pattern=r"^(?!\.\.?\Z)[A-Za-z0-9_+.-]{1,255}\Z")]
+Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Kuid = Annotated[int, msgspec.Meta(ge=0, lt=2**32 - 1)]
 
 
@@ -162,7 +184,9 @@ class Add(_Message, frozen=True):
 
     ``uid`` and ``gid`` are what the container's root is on the host; ``created_ns`` is when it was created, in
     nanoseconds of CLOCK_BOOTTIME; ``groups`` is how many ids are mapped from 0 on; ``userns`` is the inode number of
-    its user namespace. Naming a container whose envoy has ended gives it a new one.
+    its user namespace, ``namespaces`` are those of its network, IPC and UTS namespaces, ``proc_mount`` is the unique
+    mount ID of the procfs that its envoy has; 0 where not known, and then the envoy is not asked for what needs it.
+    Naming a container whose envoy has ended gives it a new one.
     """
 
     id: ContainerId
@@ -170,7 +194,9 @@ class Add(_Message, frozen=True):
     gid: Kuid
     created_ns: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     groups: Annotated[int, msgspec.Meta(ge=1, le=2**32 - 1)] = 65536
-    userns: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
+    userns: Number = 0
+    namespaces: tuple[Number, Number, Number] = (0, 0, 0)
+    proc_mount: Number = 0
 
 
 class Remove(_Message, frozen=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property
 
-from interceptor.view.host import Credentials
+from interceptor.view.host import Credentials, Within
 from interceptor.view.nodes import Capability, Owner, Rights
 from interceptor.view.protocol import Attr
 
@@ -20,11 +20,21 @@ _FOR_CHECKPOINT = (Capability.CHECKPOINT_RESTORE, Capability.SYS_ADMIN)
 class Caller:
     """Who made a request. What is not in the request itself is looked up when a rule asks for it."""
 
-    def __init__(self, uid: int, gid: int, look_up: Callable[[], Credentials], owner: Owner | None) -> None:
+    def __init__(
+        self,
+        uid: int,
+        gid: int,
+        look_up: Callable[[], Credentials],
+        owner: Owner | None,
+        within: Within | None = None,
+    ) -> None:
+        """``within``: the namespace that it asks for a node of, if that is not the container's own."""
         self.uid = uid
         self.gid = gid
         self._look_up = look_up
         self._owner = owner
+        self._over = within.owners if within is not None else (owner.userns,) if owner is not None else ()
+        """The user namespaces in which a capability counts."""
 
     @cached_property
     def _credentials(self) -> Credentials:
@@ -50,11 +60,10 @@ class Caller:
         return self.gid == gid or gid in self._credentials.groups
 
     def has(self, capability: Capability) -> bool:
-        """Whether it has a capability over the container's user namespace. One of a namespace further in is none."""
+        """Whether it has a capability over what the node belongs to. One of a user namespace further in is none."""
         if self.is_host_root:
             return True
-        owner = self._owner
-        if owner is None or not owner.userns or self._credentials.userns != owner.userns:
+        if not any(self._over) or self._credentials.userns not in self._over:
             return False
         return self._credentials.has(capability)
 

@@ -64,7 +64,7 @@ class Server:
         self._time_limit_s = time_limit_s
         ledger = Ledger(os.path.join(state, "inodes")) if state is not None else None
         self._view = View(host, TABLE, InodeTable(ledger))
-        self._session = Session(device, self._view, self.stop)
+        self._session = Session(device, host.proc, self._view, self.stop)
         self._poll = select.epoll()
         self._ready: dict[int, Callable[[int], None]] = {}
         self._running = True
@@ -185,7 +185,7 @@ class Server:
                     return encode_answer(f"no container {id}", n=message.n)
                 container.envoy.close()
                 container.values.drop()
-                self._view.inodes.drop_inherited(container)
+                self._view.drop(container)
             case List():
                 served = self._view.containers.items()
                 alive = {id: container.envoy.alive for id, container in served}
@@ -200,9 +200,12 @@ class Server:
 
     def _add(self, message: Add, sock: socket.socket) -> bytes:
         owner = Owner(
-            message.id, message.uid, message.gid, message.created_ns, message.groups, message.userns
+            *(message.id, message.uid, message.gid, message.created_ns),
+            *(message.groups, message.userns, message.namespaces),
         )
         known = self._view.containers.get(message.id)
+        if known is not None:
+            known.envoy.notice_end()
         if known is not None and known.envoy.alive:
             sock.close()
             if known.owner == owner:  # asked again, by somebody whose predecessor did not hear the answer
@@ -214,7 +217,7 @@ class Server:
             self._poll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if wants else 0))
 
         pump = self._session.pump
-        number = pump.add_envoy(fd)
+        number = pump.add_envoy(fd, message.proc_mount, message.namespaces)
 
         def ended() -> None:
             pump.envoy_gone(number)

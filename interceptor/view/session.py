@@ -29,12 +29,15 @@ _BATCH = 64
 class Session:
     """Serves one connection."""
 
-    def __init__(self, device: int, view: View, unmounted: Callable[[], None]) -> None:
-        """Takes over the descriptor. ``unmounted`` is called when there is nothing more to serve."""
+    def __init__(self, device: int, proc: int, view: View, unmounted: Callable[[], None]) -> None:
+        """Takes over the descriptor; ``proc`` is one of the host's procfs.
+
+        ``unmounted`` is called when there is nothing more to serve.
+        """
         os.set_blocking(device, False)
         self._device = device
         self._buffer = bytearray(wire.BUFFER_SIZE)
-        self.pump = Pump(device, time.clock_gettime_ns(time.CLOCK_BOOTTIME), self._buffer)
+        self.pump = Pump(device, proc, time.clock_gettime_ns(time.CLOCK_BOOTTIME), self._buffer)
         view.use(self.pump)
         self._view = view
         self._unmounted = unmounted

@@ -257,7 +257,10 @@ def test_the_envoy_s_descriptors_are_those_it_needs(daemon: Interceptor, child: 
     pid = _helpers(daemon, child)["envoy"]
     shelf = [path for path in _kinds(pid) if "/shelf/" in path]
     assert len(shelf) == 2, "bare procfs and sysfs"
-    assert sorted(set(_kinds(pid)) - set(shelf)) == ["anon_inode:[pidfd]", "socket"]
+    assert sorted(set(_kinds(pid)) - set(shelf)) == ["anon_inode:[pidfd]", "ipc", "net", "socket", "uts"]
+    fds = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
+    own = {os.readlink(f"/proc/{pid}/ns/{kind}") for kind in ("ipc", "net", "uts")}
+    assert own <= fds, "to come back to, from where a caller is"
     assert os.listdir(f"/proc/{pid}/root") == []
 
 

@@ -5,5 +5,5 @@ int main(int argc, char **argv)
 {
 	if (argc != 4)
 		return 2;
-	return ix_envoy(atoi(argv[1]), atoi(argv[2]), atoi(argv[3]), -1) < 0;
+	return ix_envoy(atoi(argv[1]), atoi(argv[2]), atoi(argv[3]), -1, NULL) < 0;
 }
