@@ -28,7 +28,7 @@ _LONGEST_SOCKET = "seccomp.sock"
 
 LogFormat = Literal["auto", "console", "json", "journald"]
 LogLevel = Literal["debug", "info", "warning", "error"]
-OwnershipStrategy = Literal["idmapped", "clone"]
+OwnershipStrategy = Literal["idmapped", "shiftfs", "clone"]
 Privileged = Literal["refuse", "system"]
 AppArmor = Literal["relax", "keep"]
 GuardMode = Literal["real", "continue", "random"]
@@ -74,8 +74,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     subgid: _Directory = "/etc/subgid"
     #: What may be used to give files to the container's IDs (`interceptor.idshift.choose`).
     ownership_strategies: Annotated[
-        tuple[OwnershipStrategy, ...], Meta(min_length=1, description='a list of "idmapped", "clone"')
-    ] = ("idmapped", "clone")
+        tuple[OwnershipStrategy, ...],
+        Meta(min_length=1, description='a list of "idmapped", "shiftfs", "clone"'),
+    ] = ("idmapped", "shiftfs", "clone")
     #: Keep the manager's capability sets.
     honor_caps: _Flag = False
     #: What becomes of privileged containers.
@@ -102,6 +103,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def stage(self) -> str:
         """Where a container's root filesystem and binds are put together, in mount namespaces of the wrapper's."""
         return os.path.join(self.runtime_dir, "stage")
+
+    @property
+    def clones(self) -> str:
+        """Symbolic links to clones of root filesystems, by container: they outlive a reboot."""
+        return os.path.join(self.state_dir, "clones")
 
     @property
     def keeper_socket(self) -> str:

@@ -65,6 +65,7 @@ class Daemon:
         if not self._fresh:
             self._lifecycle.adopt_all()
         self._prepared.reclaim()
+        self._prepared.finish_clones()
         servers: list[RootServer] = []
         try:
             servers.append(await start_control_server(self._config.control_socket, self.control))

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from interceptor.errors import ContainerError, SyscallError
-from interceptor.idshift.choose import Found, choose, needs_mapping
+from interceptor.idshift import stack
+from interceptor.idshift.choose import STRATEGIES, Found, choose, needs_mapping, worth_trying
 from interceptor.idshift.idmapped import Mapper, user_namespace
 from interceptor.idshift.overlay import (
     Layers,
@@ -103,15 +105,14 @@ FOUND = st.builds(
     skip=st.booleans(),
     special=st.booleans(),
     owned_inside=st.booleans(),
-    mapping_fails=st.sampled_from([None, "EINVAL"]),
-    clone_fails=st.sampled_from([None, "no space"]),
+    failures=st.dictionaries(st.sampled_from(STRATEGIES), st.just("EINVAL")),
 )
 
 
 @given(
     FOUND,
-    st.lists(st.sampled_from(["idmapped", "clone"]), unique=True),
-    st.sampled_from(["auto", "idmapped", "clone", "none"]),
+    st.lists(st.sampled_from(STRATEGIES), unique=True),
+    st.sampled_from(["auto", "none", *STRATEGIES]),
 )
 def test_a_forbidden_or_failing_strategy_is_never_chosen(
     found: Found, allowed: list[str], wanted: str
@@ -120,20 +121,41 @@ def test_a_forbidden_or_failing_strategy_is_never_chosen(
         decision = choose(found, allowed, wanted)
     except ContainerError as error:
         assert found.root, "a bind is left as it is"
-        assert "idmapped" in str(error)
-        assert "clone" in str(error)
+        assert all(strategy in str(error) for strategy in STRATEGIES)
         return
     assert decision.reason
-    if decision.strategy == "idmapped":
-        assert "idmapped" in allowed
-        assert found.mapping_fails is None
-    if decision.strategy == "clone":
-        assert found.root
-        assert "clone" in allowed
-        assert found.clone_fails is None
-        assert wanted == "clone" or (wanted == "auto" and (found.mapping_fails or "idmapped" not in allowed))
-    if found.root and decision.strategy == "none":
+    if decision.strategy in STRATEGIES:
+        assert decision.strategy in allowed
+        assert decision.strategy not in found.failures
+        if found.root:
+            assert wanted in ("auto", decision.strategy)
+        else:
+            assert decision.strategy != "clone"
+        for better in STRATEGIES[: STRATEGIES.index(decision.strategy)]:
+            forced = found.root and wanted not in ("auto", better)
+            assert better not in allowed or better in found.failures or forced
+    elif found.root:
         assert needs_mapping(found, wanted) == decision, "never silently"
+
+
+@given(
+    FOUND,
+    st.lists(st.sampled_from(STRATEGIES), unique=True),
+    st.sampled_from(["auto", "none", *STRATEGIES]),
+)
+def test_what_is_tried_in_turn_is_what_is_chosen(found: Found, allowed: list[str], wanted: str) -> None:
+    """As a container's creation does: the first that works ends the attempts, and nothing else can be chosen then."""
+    tried: dict[str, str] = {}
+    for strategy in worth_trying(found, allowed, wanted):
+        if strategy not in found.failures:
+            assert choose(replace(found, failures=tried), allowed, wanted).strategy == strategy
+            return
+        tried[strategy] = found.failures[strategy]
+    if needs_mapping(found, wanted) is not None or not found.root:
+        assert choose(replace(found, failures=tried), allowed, wanted).strategy == "none"
+        return
+    with pytest.raises(ContainerError, match="its owners cannot be mapped"):
+        choose(replace(found, failures=tried), allowed, wanted)
 
 
 # ---- the kernel ----
@@ -253,7 +275,7 @@ def test_an_image_of_many_layers(disk: Path, short_names: bool, monkeypatch: pyt
             raise SyscallError(22, "fsconfig(lowerdir+)")
 
         # As kernels before 6.8 do.
-        monkeypatch.setattr(Mapper, "_one_by_one", refuse)
+        monkeypatch.setattr(stack, "one_by_one", refuse)
 
     def body(mapper: Mapper, namespace: int) -> None:
         (disk / "merged").mkdir()

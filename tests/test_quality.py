@@ -49,6 +49,7 @@ NATIVE_USERS = {"kernel", "guards"}
 PURE = {
     *("interceptor.mounts.explain", "interceptor.mounts.lineage", "interceptor.mounts.policy"),
     *("interceptor.idshift.choose", "interceptor.idshift.overlay", "interceptor.idshift.subid"),
+    *("interceptor.idshift.changes", "interceptor.idshift.owners"),
     *(
         "interceptor.oci.commandline",
         "interceptor.oci.profile",

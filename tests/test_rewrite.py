@@ -303,7 +303,7 @@ def test_settings_are_read_from_both_and_annotations_win() -> None:
         ("INTERCEPTOR_HONER_CAPS=true", "INTERCEPTOR_HONER_CAPS: unknown setting"),
         ("INTERCEPTOR_HONOR_CAPS=yes", "INTERCEPTOR_HONOR_CAPS: 'yes' cannot be used; allowed: true, false"),
         ("INTERCEPTOR_HONOR_CAPS", "INTERCEPTOR_HONOR_CAPS: '' cannot be used"),
-        ("INTERCEPTOR_OWNERSHIP=magic", "allowed: auto, idmapped, clone, none"),
+        ("INTERCEPTOR_OWNERSHIP=magic", "allowed: auto, idmapped, shiftfs, clone, none"),
         ("INTERCEPTOR_SKIP_ID_SHIFT=a", "allowed: absolute paths"),
     ],
 )

@@ -154,12 +154,12 @@ def test_settings_and_refusals_reach_the_log_of_the_manager(runtime: Runtime) ->
 
 
 def test_a_forbidden_strategy_is_an_error_not_a_silent_fallback(runtime: Runtime) -> None:
-    bundle = runtime.bundle("true", annotations={"io.interceptor.ownership": "clone"})
+    bundle = runtime.bundle("true", annotations={"io.interceptor.ownership": "shiftfs"})
     done = runtime("run", "--bundle", bundle, "forced")
     assert done.returncode == 1
     assert (
-        "its owners cannot be mapped to the container's IDs: idmapped: the container asks for clone"
-        in done.stderr
+        "its owners cannot be mapped to the container's IDs: idmapped: the container asks for shiftfs; "
+        "shiftfs: this kernel has no shiftfs" in done.stderr
     )
     assert runtime.reserved() == []
 

@@ -11,7 +11,7 @@ from interceptor import __version__
 from interceptor.errors import InterceptorError
 
 #: Subcommands in the order of ``--help``, which is that of use; each is ``command`` in the module of its name.
-COMMANDS = ("doctor", "serve", "unit", "ps", "mounts", "explain", "ownership", "stats")
+COMMANDS = ("doctor", "serve", "unit", "ps", "mounts", "explain", "ownership", "sync", "stats")
 
 
 class _Commands(click.Group):
@@ -43,6 +43,7 @@ def cli() -> None:
       interceptor mounts ID       a container's mounts, and what each is
       interceptor explain ID PATH what a mount is, and what it may be asked for
       interceptor ownership ID    how its files were given to its IDs
+      interceptor sync ID         give changes in a clone back to its manager
       interceptor stats ID        what its calls were answered
 
     A container is guarded when its bundle names the daemon's seccomp.sock as linux.seccomp.listenerPath and

@@ -15,9 +15,11 @@ import msgspec
 from msgspec import Meta
 
 from interceptor.config import Config
+from interceptor.containers.clones import Clones, reap
 from interceptor.containers.reserved import Holder, Reservation, Reservations, clean_up
 from interceptor.containers.spec import Bundle
 from interceptor.errors import ContainerError, ProtocolError
+from interceptor.idshift.choose import STRATEGIES
 from interceptor.kernel.process import start_time
 from interceptor.observe.log import get_logger
 from interceptor.oci import quick_hook
@@ -26,7 +28,7 @@ from interceptor.oci.profile import WAIT_KILLABLE_RECV
 from interceptor.oci.rewrite import asks_for_user_namespace, kept_paths
 from interceptor.oci.state import ContainerId
 
-#: A child that takes longer hangs on the source of a bind. Runtimes' managers wait longer.
+#: A child that says nothing for longer hangs on the source of a bind. Runtimes' managers wait longer.
 CHILD_SECONDS = 20.0
 
 _T = TypeVar("_T")
@@ -51,6 +53,7 @@ class _Made(msgspec.Struct, frozen=True):
     stdio_owner: int
     decisions: list[_Decided]
     scratch: list[_Absolute]
+    clone: _Absolute | None
 
 
 class Preparations:
@@ -60,6 +63,7 @@ class Preparations:
         self._config = config
         self._log = get_logger()
         self._ownership: dict[str, list[_Decided]] = {}
+        self._clones = Clones(config.clones)
         self._features: dict[tuple[str, int, int], bool] = {}
         self._reservations = Reservations(
             os.path.join(config.state_dir, "reservations.json"),
@@ -126,6 +130,9 @@ class Preparations:
                 "apparmor": config.apparmor,
                 "ownership_strategies": config.ownership_strategies,
             },
+            runtime=config.runtime,
+            runtime_root=made.runtime_root,
+            clones=config.clones,
         )
 
     def _note(self, cid: str) -> str:
@@ -135,7 +142,7 @@ class Preparations:
         self._ownership[cid] = decisions
         for one in decisions:
             # Of exceptions that people asked for, or that nobody minds, `interceptor ownership` tells.
-            if one.strategy == "none" and one.reason.startswith("idmapped:"):
+            if one.strategy == "none" and one.reason.startswith(f"{STRATEGIES[0]}:"):
                 self._log.warning("owners are not mapped", container=cid, path=one.path, reason=one.reason)
 
     def explain(self, cid: str) -> list[dict[str, object]]:
@@ -166,10 +173,15 @@ class Preparations:
             self._log.info("released what was left behind", container=gone.id)
             self._forget(gone)
 
+    def finish_clones(self) -> None:
+        """Before anybody is served: gives back what containers have changed that ended while no daemon was there."""
+        self._clones.finish_all({one.id for one in self._reservations.all()})
+
     def _forget(self, gone: Reservation | None) -> None:
         if gone is None:
             return
         self._ownership.pop(gone.id, None)
+        self._clones.finish(gone.id)
         clean_up(gone)
         Path(self._note(gone.id)).unlink(missing_ok=True)
 
@@ -209,43 +221,42 @@ async def _has_wait_killable(path: str) -> bool:
 
 
 async def _child(job: Job, pid: int) -> bytes:
-    """What the child says, up to its end; killed if whoever waits for it leaves, or after `CHILD_SECONDS`."""
+    """What the child says, up to its end; killed if whoever waits for it leaves, or after `CHILD_SECONDS` in
+    silence."""
     answer, child = fork_child(job, pid)
     loop = asyncio.get_running_loop()
     said = bytearray()
     ended = loop.create_future()
 
+    def silent() -> None:
+        if not ended.done():
+            ended.set_exception(TimeoutError())
+
+    timer = loop.call_later(CHILD_SECONDS, silent)
+
     def readable() -> None:
+        nonlocal timer
         chunk = os.read(answer.fileno(), 1 << 16)
         said.extend(chunk)
+        timer.cancel()
+        timer = loop.call_later(CHILD_SECONDS, silent)
         if not chunk and not ended.done():
             ended.set_result(None)
 
     loop.add_reader(answer.fileno(), readable)
     try:
-        await asyncio.wait_for(ended, CHILD_SECONDS)
+        await ended
     except TimeoutError:
         raise ContainerError(
             f"its mounts were not put together within {CHILD_SECONDS:g} s", "does the source of a bind hang?"
         ) from None
     finally:
+        timer.cancel()
         loop.remove_reader(answer.fileno())
         answer.close()
         os.kill(child, signal.SIGKILL)
-        _reap(loop, child)
+        reap(loop, child)
     return bytes(said)
-
-
-def _reap(loop: asyncio.AbstractEventLoop, child: int) -> None:
-    """Waits for a child, in the background: one that is stuck in the kernel ends when it gets out."""
-    pidfd = os.pidfd_open(child)
-
-    def ended() -> None:
-        loop.remove_reader(pidfd)
-        os.close(pidfd)
-        os.waitpid(child, 0)
-
-    loop.add_reader(pidfd, ended)
 
 
 def _same_namespace(pid: int) -> bool:

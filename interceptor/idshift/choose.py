@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from interceptor.errors import ContainerError
 
-Strategy = Literal["idmapped", "clone", "none"]
+Strategy = Literal["idmapped", "shiftfs", "clone", "none"]
 
-#: In the order of preference.
-STRATEGIES: tuple[Strategy, ...] = ("idmapped", "clone", "none")
+#: In the order of preference; ``none`` is what is left where a container's settings or the thing itself say so.
+STRATEGIES: tuple[Strategy, ...] = ("idmapped", "shiftfs", "clone")
+
+#: Of these, what one mount alone can get: a clone is made of root filesystems only.
+FOR_BINDS: tuple[Strategy, ...] = ("idmapped", "shiftfs")
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,8 @@ class Found:
     """A device, a FIFO or a socket."""
     owned_inside: bool = False
     """It belongs to the container's IDs already."""
-    mapping_fails: str | None = None
-    """Why the attempt to map it failed; None: it worked, or was not made."""
-    clone_fails: str | None = "clones are not implemented yet"
-    """The same of a clone."""
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """Of the strategies that were tried and did not work, why."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,13 @@ def needs_mapping(found: Found, wanted: str = "auto") -> Decision | None:
     return None
 
 
+def worth_trying(found: Found, allowed: Sequence[str], wanted: str = "auto") -> list[Strategy]:
+    """What to attempt, in order, until one works: `choose` then decides."""
+    if needs_mapping(found, wanted) is not None:
+        return []
+    return [strategy for strategy, refusal in _refusals(found, allowed, wanted) if refusal is None]
+
+
 def choose(found: Found, allowed: Sequence[str], wanted: str = "auto") -> Decision:
     """The decision after the attempts. ``allowed``: the configuration's strategies; ``wanted``: the container's own.
 
@@ -63,18 +71,11 @@ def choose(found: Found, allowed: Sequence[str], wanted: str = "auto") -> Decisi
     if (settled := needs_mapping(found, wanted)) is not None:
         return settled
     reasons = []
-    for strategy, failure in (("idmapped", found.mapping_fails), ("clone", found.clone_fails)):
-        if strategy == "clone" and not found.root:
-            continue
-        if strategy not in allowed:
-            reasons.append(f"{strategy}: forbidden by ownership_strategies")
-        elif found.root and wanted not in ("auto", strategy):
-            reasons.append(f"{strategy}: the container asks for {wanted}")
-        elif failure is not None:
-            reasons.append(f"{strategy}: {failure}")
-        else:
-            assert strategy in ("idmapped", "clone")
-            return Decision("idmapped" if strategy == "idmapped" else "clone", "it works on this filesystem")
+    for strategy, refusal in _refusals(found, allowed, wanted):
+        reason = refusal or found.failures.get(strategy)
+        if reason is None:
+            return Decision(strategy, "it works on this filesystem")
+        reasons.append(f"{strategy}: {reason}")
     why = "; ".join(reasons)
     if found.root:
         raise ContainerError(
@@ -82,3 +83,14 @@ def choose(found: Found, allowed: Sequence[str], wanted: str = "auto") -> Decisi
             "see: interceptor doctor",
         )
     return Decision("none", why)
+
+
+def _refusals(found: Found, allowed: Sequence[str], wanted: str) -> Iterator[tuple[Strategy, str | None]]:
+    """Each strategy in order, with the reason for not even trying it."""
+    for strategy in STRATEGIES if found.root else FOR_BINDS:
+        if strategy not in allowed:
+            yield strategy, "forbidden by ownership_strategies"
+        elif found.root and wanted not in ("auto", strategy):
+            yield strategy, f"the container asks for {wanted}"
+        else:
+            yield strategy, None

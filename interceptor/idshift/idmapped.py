@@ -8,25 +8,21 @@ root is not in the map.
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-from interceptor.errors import ContainerError, SyscallError
-from interceptor.idshift.overlay import Layers, escape
+from interceptor.errors import ContainerError
+from interceptor.idshift import stack
+from interceptor.idshift.overlay import Layers
 from interceptor.idshift.subid import Block
 from interceptor.kernel import mount
-from interceptor.kernel.credentials import filesystem_ids
 from interceptor.kernel.fd import OwnedFd
-from interceptor.kernel.flags import CLONE_NEWUSER, MountAttr, UmountFlag
+from interceptor.kernel.flags import CLONE_NEWUSER, MountAttr
 from interceptor.kernel.namespaces import open_namespace, unshare
 
 #: What the kernel shows for an owner that is not mapped: /proc/sys/kernel/overflowuid.
 OVERFLOW = 65534
-
-_SET_STRING, _SET_FLAG = 1, 0
-_CREATE = 6
 
 
 @contextmanager
@@ -98,50 +94,15 @@ class Mapper:
         lower = [
             self._attached(os.path.realpath(path), f"{stage}/{i}") for i, path in enumerate(layers.lower)
         ]
-        options: list[tuple[str, str | None]] = [("index", "off"), *layers.options]
+        options: list[stack.Option] = [("index", "off"), *layers.options]
         if layers.upper is not None:
             parent, name = os.path.split(os.path.realpath(layers.upper))
             os.makedirs(f"{parent}/{work}", 0o700, exist_ok=True)
             self._attached(parent, f"{stage}/u")
             options += [("upperdir", f"{stage}/u/{name}"), ("workdir", f"{stage}/u/{work}")]
-        try:
-            tree = self._one_by_one(lower, options)
-        except SyscallError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            tree = self._by_short_names(stage, len(lower), options)
+        tree = stack.mount_layers(lower, options, stage, (self._uids.first, self._gids.first))
         top = layers.upper if layers.upper is not None else layers.lower[0]
         self._verify(top, os.stat(top), os.fstat(tree.fileno()))
-        return tree
-
-    def _one_by_one(self, lower: Sequence[str], options: Sequence[tuple[str, str | None]]) -> OwnedFd:
-        """Each layer in an option of its own (Linux 6.8): no limit of size."""
-        with mount.fsopen(b"overlay") as context:
-            for key, value in [*(("lowerdir+", path) for path in lower), *options]:
-                command = _SET_FLAG if value is None else _SET_STRING
-                mount.fsconfig(
-                    context, command, os.fsencode(key), None if value is None else os.fsencode(value)
-                )
-            with filesystem_ids(self._uids.first, self._gids.first):
-                mount.fsconfig(context, _CREATE)
-            return mount.fsmount(context)
-
-    def _by_short_names(self, stage: str, count: int, options: Sequence[tuple[str, str | None]]) -> OwnedFd:
-        """All layers in one string, which has at most a page: so by names of one to three characters."""
-        at = f"{stage}/m"
-        os.mkdir(at, 0o755)
-        given = [key if value is None else f"{key}={escape(value)}" for key, value in options]
-        data = ",".join([f"lowerdir={':'.join(str(i) for i in range(count))}", *given])
-        here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.chdir(stage)
-            with filesystem_ids(self._uids.first, self._gids.first):
-                mount.mount(b"overlay", at, b"overlay", 0, os.fsencode(data))
-        finally:
-            os.fchdir(here)
-            os.close(here)
-        tree = mount.clone_mount(mount.AT_FDCWD, at)
-        mount.umount2(at, UmountFlag.MNT_DETACH)
         return tree
 
     def _attached(self, path: str, place: str) -> str:

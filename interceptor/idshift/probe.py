@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from interceptor.errors import InterceptorError, SyscallError
+from interceptor.errors import InterceptorError
 from interceptor.idshift.choose import Found, choose
+from interceptor.idshift.clone import try_metadata
 from interceptor.idshift.idmapped import Mapper, user_namespace
 from interceptor.idshift.overlay import Layers
+from interceptor.idshift.shiftfs import mount_shifted
 from interceptor.idshift.subid import Block
 from interceptor.kernel import mount
 from interceptor.kernel.flags import CLONE_NEWNS, MountFlag, UmountFlag
+from interceptor.kernel.inode import reflink
 from interceptor.kernel.namespaces import unshare
 
 #: Any will do: it is mapped for the length of the probe.
@@ -48,23 +52,42 @@ def probe_storage(storage: str, fstype: str) -> list[Probe]:
                 "owners are mapped both ways, through its layers",
                 _tried(storage, _overlay),
             ),
-            ("shiftfs", "it mounts", _tried(storage, _shiftfs)),
+            ("shiftfs", "owners are mapped both ways", _tried(storage, _shiftfs)),
+            ("clone by metadata", "files get their data from the layers", _tried(storage, _clone)),
+            ("clone by reflink", "data is shared until it is written to", _tried(storage, _reflink)),
+            ("clone by copy", "it has what a clone is made of", _tried(storage, _copy)),
         )
     ]
+
+
+#: The probes that say whether a strategy works, each with how it then works.
+_WAYS = {
+    "idmapped": (("idmapped overlay", "it works on this filesystem"),),
+    "shiftfs": (("shiftfs", "it works on this filesystem"),),
+    "clone": (
+        ("clone by metadata", "without copying data"),
+        ("clone by reflink", "without copying data"),
+        ("clone by copy", "all data is copied at each start"),
+    ),
+}
 
 
 def strategy(probes: list[Probe], allowed: tuple[str, ...]) -> tuple[str, str]:
     """What a container whose layers are on that storage would get, and why."""
     found = {probe.name: probe for probe in probes}
-    overlay = found["idmapped overlay"]
-    fails = None if overlay.works else overlay.reason
+    failures, how = {}, {}
+    for name, ways in _WAYS.items():
+        works = [why for probe, why in ways if found[probe].works]
+        if works:
+            how[name] = works[0]
+        else:
+            failures[name] = found[ways[-1][0]].reason
+    first = probes[0]
     try:
-        decision = choose(
-            Found(overlay.storage, root=True, fstype=overlay.fstype, mapping_fails=fails), allowed
-        )
+        decision = choose(Found(first.storage, root=True, fstype=first.fstype, failures=failures), allowed)
     except InterceptorError as error:
         return "none", str(error)
-    return decision.strategy, decision.reason
+    return decision.strategy, how[decision.strategy]
 
 
 def _tried(storage: str, body: Callable[[str, str], None]) -> str | None:
@@ -131,15 +154,33 @@ def _overlay(scratch: str, stage: str) -> None:
 
 
 def _shiftfs(scratch: str, stage: str) -> None:
-    try:
-        mount.mount(scratch, stage, b"shiftfs", 0, b"mark")
-    except SyscallError as error:
-        if error.errno == 19:
-            raise InterceptorError(
-                "this kernel has no shiftfs (it was Ubuntu's own, and is not needed)"
-            ) from None
-        raise
-    mount.umount2(stage)
+    os.mkdir(f"{scratch}/tree")
+    _make(f"{scratch}/tree/file")
+    os.mkdir(f"{stage}/at")
+    with user_namespace(_IDS, _IDS) as namespace:
+        with mount_shifted(f"{scratch}/tree", namespace, stage) as tree:
+            mount.attach(tree, mount.AT_FDCWD, f"{stage}/at")
+        _judge(f"{stage}/at/file", f"{scratch}/tree/file")
+
+
+def _clone(scratch: str, stage: str) -> None:
+    if (why_not := try_metadata(scratch, stage)) is not None:
+        raise InterceptorError(why_not)
+
+
+def _reflink(scratch: str, stage: str) -> None:
+    with open(f"{scratch}/a", "w+b") as one, open(f"{scratch}/b", "wb") as other:
+        one.write(b"x" * 4096)
+        one.flush()
+        if not reflink(one.fileno(), other.fileno()):
+            raise InterceptorError("this filesystem copies data")
+
+
+def _copy(scratch: str, stage: str) -> None:
+    path = f"{scratch}/file"
+    _make(path)
+    os.mknod(f"{scratch}/device", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    os.setxattr(path, "trusted.interceptor.probe", b"")
 
 
 def _make(path: str) -> None:

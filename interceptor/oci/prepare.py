@@ -11,15 +11,17 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from interceptor.errors import ContainerError, InterceptorError
-from interceptor.idshift.choose import Found, choose, needs_mapping
+from interceptor.idshift import clone, giveback
+from interceptor.idshift.choose import Found, choose, worth_trying
 from interceptor.idshift.coherence import DISK, MANAGER
 from interceptor.idshift.idmapped import Mapper, user_namespace
-from interceptor.idshift.overlay import MountLine, mount_of, parse_layers, parse_mountinfo
+from interceptor.idshift.overlay import Layers, MountLine, mount_of, parse_layers, parse_mountinfo
+from interceptor.idshift.shiftfs import mount_shifted
 from interceptor.idshift.subid import Block
 from interceptor.kernel import mount
 from interceptor.kernel.fd import OwnedFd
@@ -63,6 +65,10 @@ class Job:
     hooks: Mapping[str, list[str]]
     wait_killable: bool
     config: Mapping[str, Any]
+    runtime: str
+    runtime_root: str
+    clones: str
+    """Where links to clones are."""
 
 
 def read_wanted(bundle: str) -> Wanted:
@@ -111,7 +117,8 @@ def _in_child(job: Job, namespace: int, write: int) -> None:
             if first <= last:
                 close_range(first, last)
         setns(namespace, CLONE_NEWNS)
-        answer = {"result": build(job)}
+        # Before the answer, blanks say that there is work.
+        answer = {"result": build(job, lambda: os.write(write, b" "))}
     except (InterceptorError, OSError) as error:
         answer = {"error": str(error), "hint": getattr(error, "hint", None)}
     finally:
@@ -140,9 +147,9 @@ def _cgroup2(spec: dict[str, Any]) -> str | None:
     return unified + os.path.normpath(path)
 
 
-def build(job: Job) -> dict[str, Any]:
-    """Rewrites, maps, mounts; returns where the root filesystem is, what was decided, and what is to be cleaned up.
-    Raises `InterceptorError`, `OSError`."""
+def build(job: Job, alive: Callable[[], object]) -> dict[str, Any]:
+    """Rewrites, maps, mounts, calling ``alive`` where that takes long; returns where the root filesystem is, what was
+    decided, and what is to be cleaned up. Raises `InterceptorError`, `OSError`."""
     wanted = job.wanted
     uids, gids = _ids(job)
     host = pure.Host(
@@ -161,12 +168,12 @@ def build(job: Job) -> dict[str, Any]:
     if wanted.cgroup is not None:
         _delegate(wanted.cgroup, uids.first, gids.first)
     _private_mounts(job.stage)
-    mapped: dict[str, Any] = {"decisions": [], "scratch": []}
+    mapped: dict[str, Any] = {"decisions": [], "scratch": [], "clone": None}
     if job.uids is not None:
-        mapped = _map(job, new, uids, gids)
+        mapped = _map(job, new, uids, gids, alive)
     else:
         new.setdefault("root", {})["path"] = wanted.root
-    _leave_note(job, host)
+    _leave_note(job, host, mapped["clone"])
     place = f"{job.stage}/config.json"
     with open(place, "w") as file:
         json.dump(new, file)
@@ -212,7 +219,7 @@ def _private_mounts(stage: str) -> None:
         os.mkdir(f"{stage}/{name}", 0o755)
 
 
-def _leave_note(job: Job, host: pure.Host) -> None:
+def _leave_note(job: Job, host: pure.Host, cloned: str | None) -> None:
     settings = job.wanted.settings
     honor = host.honor_caps if settings.honor_caps is None else settings.honor_caps
     note = {
@@ -221,6 +228,7 @@ def _leave_note(job: Job, host: pure.Host) -> None:
         "honor_caps": honor,
         "capabilities": list(host.capabilities),
         "apparmor": host.apparmor,
+        "clone": cloned,
     }
     os.makedirs(os.path.dirname(job.note), 0o700, exist_ok=True)
     with open(job.note, "w") as file:
@@ -230,11 +238,13 @@ def _leave_note(job: Job, host: pure.Host) -> None:
 # ---- ownership ---------------------------------------------------------------------------------------------
 
 
-def _map(job: Job, new: dict[str, Any], uids: Block, gids: Block) -> dict[str, Any]:
+def _map(
+    job: Job, new: dict[str, Any], uids: Block, gids: Block, alive: Callable[[], object]
+) -> dict[str, Any]:
     """Maps the root filesystem and the binds; returns what was decided for each, and what is to be cleaned up."""
     stage = job.stage
     with user_namespace(uids, gids) as namespace:
-        mapping = _Mapping(job, Mapper(namespace, uids, gids, f"{stage}/layers"))
+        mapping = _Mapping(job, Mapper(namespace, uids, gids, f"{stage}/layers"), namespace, alive)
         decisions = [{"path": "/", **mapping.root(new)}]
         for number, entry in enumerate(new["mounts"]):
             options = entry.get("options") or []
@@ -242,7 +252,7 @@ def _map(job: Job, new: dict[str, Any], uids: Block, gids: Block) -> dict[str, A
                 decision = mapping.bind(entry, f"{stage}/binds/{number}")
                 decisions.append({"path": entry["destination"], **decision})
         _devices(new, f"{stage}/devices", uids, gids)
-    return {"decisions": decisions, "scratch": mapping.scratch}
+    return {"decisions": decisions, "scratch": mapping.scratch, "clone": mapping.cloned}
 
 
 def _devices(new: dict[str, Any], place: str, uids: Block, gids: Block) -> None:
@@ -274,20 +284,26 @@ def _devices(new: dict[str, Any], place: str, uids: Block, gids: Block) -> None:
 class _Mapping:
     """Tries, decides, attaches."""
 
-    def __init__(self, job: Job, mapper: Mapper) -> None:
+    def __init__(self, job: Job, mapper: Mapper, namespace: OwnedFd, alive: Callable[[], object]) -> None:
         with open("/proc/self/mountinfo", errors="surrogateescape") as file:
             self._mounts = parse_mountinfo(file.read())
         self._job = job
         self._mapper = mapper
+        self._namespace = namespace
+        self._alive = alive
         self._allowed = job.config["ownership_strategies"]
         self._ownership = job.wanted.settings.ownership
         self._overlays: dict[int, str] = {}
+        self._tries = 0
         self.scratch: list[str] = []
+        self.cloned: str | None = None
+        """The directory of the root filesystem's clone."""
 
     def root(self, new: dict[str, Any]) -> dict[str, str]:
         """Puts the root filesystem at the stage's ``rootfs`` and has ``new`` name that."""
         job = self._job
         place = f"{job.stage}/rootfs"
+        self._finish_leftover(job.wanted.root)
         found, tree = self._try(self._find(job.wanted.root, "/", root=True), WORK, recursive=True)
         decision = choose(found, self._allowed, self._ownership)
         if tree is None:
@@ -330,18 +346,79 @@ class _Mapping:
         )
 
     def _try(self, found: Found, work: str, recursive: bool) -> tuple[Found, OwnedFd | None]:
-        """The mapped tree, or in what is known why there is none."""
-        if needs_mapping(found, self._ownership) or "idmapped" not in self._allowed:
-            return found, None
-        if found.root and self._ownership not in ("auto", "idmapped"):
-            return found, None
+        """The tree with mapped owners, and in what is known why it is none, or not of a better kind."""
+        for strategy in worth_trying(found, self._allowed, self._ownership):
+            try:
+                if strategy == "idmapped":
+                    return found, self._idmapped(found, work, recursive)
+                if strategy == "shiftfs":
+                    return found, mount_shifted(found.path, self._namespace, self._empty())
+                return found, self._clone(found)
+            except (InterceptorError, OSError) as error:
+                found = replace(found, failures={**found.failures, strategy: str(error)})
+        return found, None
+
+    def _empty(self) -> str:
+        """A new directory of the stage."""
+        self._tries += 1
+        place = f"{self._job.stage}/layers/t{self._tries}"
+        os.mkdir(place, 0o755)
+        return place
+
+    def _idmapped(self, found: Found, work: str, recursive: bool) -> OwnedFd:
+        line = mount_of(found.path, self._mounts)
+        if line.fstype != "overlay":
+            return self._mapper.tree(found.path, recursive)
+        return self._from_overlay(found, line, work)
+
+    def _layers(self, path: str) -> Layers | None:
+        """The layers of a root filesystem that is an overlay."""
+        line = mount_of(path, self._mounts)
+        whole = line.fstype == "overlay" and path == line.point
+        return parse_layers(line, os.path.lexists) if whole else None
+
+    def _finish_leftover(self, root: str) -> None:
+        """A clone of the same tree that nobody could give back yet: its changes are older than this container."""
         try:
-            line = mount_of(found.path, self._mounts)
-            if line.fstype != "overlay":
-                return found, self._mapper.tree(found.path, recursive)
-            return found, self._from_overlay(found, line, work)
-        except (InterceptorError, OSError) as error:
-            return replace(found, mapping_fails=str(error)), None
+            directory = clone.place_of(root, self._layers(root))
+        except ContainerError:
+            return
+        if os.path.isdir(directory):
+            giveback.finish(directory, lambda _: self._alive())
+
+    def _clone(self, found: Found) -> OwnedFd:
+        job, layers = self._job, self._layers(found.path)
+        assert job.uids is not None and job.gids is not None
+        directory = clone.place_of(found.path, layers)
+        why_not = clone.try_metadata(os.path.dirname(directory), self._empty())
+        target = found.path if layers is None or layers.upper is None else os.path.realpath(layers.upper)
+        lower = [os.path.realpath(path) for path in (layers.lower if layers is not None else ())]
+        options = layers.options if layers is not None else ()
+        record = clone.Record(
+            cid=job.cid,
+            uids=job.uids,
+            gids=job.gids,
+            runtime=job.runtime,
+            runtime_root=job.runtime_root,
+            manager=os.fsencode(found.path),
+            target=os.fsencode(target),
+            overlay=layers is not None,
+            lower=tuple(map(os.fsencode, lower)),
+            options=tuple((os.fsencode(k), None if v is None else os.fsencode(v)) for k, v in options),
+            metadata=why_not is None,
+            index=os.fsencode(f"{job.clones}/{job.cid}"),
+        )
+        clone.create(directory, record, self._alive)
+        tree = clone.mount_clone(directory, record, "work", self._empty())
+        self.cloned = directory
+        if layers is not None:
+            self._leave_for_coherence(found.path, layers)
+        return tree
+
+    def _leave_for_coherence(self, path: str, layers: Layers) -> None:
+        if layers.upper is not None:
+            self._leave(path, MANAGER)
+            self._leave(os.path.dirname(os.path.realpath(layers.upper)), DISK)
 
     def _leave(self, path: str, name: str) -> None:
         """For the daemon: see `interceptor.idshift.coherence`."""
@@ -354,9 +431,7 @@ class _Mapping:
         layers = parse_layers(line, os.path.lexists)
         if found.root and found.path == line.point:
             tree = self._mapper.overlay(layers, work)
-            if layers.upper is not None:
-                self._leave(found.path, MANAGER)
-                self._leave(os.path.dirname(os.path.realpath(layers.upper)), DISK)
+            self._leave_for_coherence(found.path, layers)
             return tree
         place = self._overlays.get(line.mnt_id)
         if place is None:

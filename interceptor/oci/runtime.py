@@ -30,6 +30,8 @@ DEFAULT_ROOTS = {"crun": "/run/crun"}
 
 #: Seconds that the daemon may take for an answer while a manager waits.
 TIMEOUT = 30.0
+#: The same for a container to be made: its root filesystem may have to be cloned. One that hangs is noticed there.
+CREATE_TIMEOUT = 600.0
 
 _CLONE_NEWNS = 0x20000
 _SIGTERM = ("15", "TERM", "SIGTERM")
@@ -47,11 +49,11 @@ class Local:
         self.runtime = os.environ.get(RUNTIME_VARIABLE) or str(values.get("runtime", "runc"))
         self.control = os.path.join(self.runtime_dir, "control.sock")
 
-    def ask(self, message: dict[str, object]) -> Any:
+    def ask(self, message: dict[str, object], timeout: float = TIMEOUT) -> Any:
         """The daemon's answer. Raises `InterceptorError`."""
         from interceptor.client import request
 
-        return request(self.control, message, TIMEOUT)
+        return request(self.control, message, timeout)
 
     def root(self, line: CommandLine) -> str:
         """The directory in which the stock runtime keeps states."""
@@ -172,7 +174,8 @@ def _create(line: CommandLine, local: Local) -> list[str]:
             "pid": os.getpid(),
             "runtime_root": local.root(line),
             "bundle": os.path.abspath(line.value("--bundle", "-b") or "."),
-        }
+        },
+        CREATE_TIMEOUT,
     )
     give_pipes(int(reply["stdio_owner"]))
     return line.words
@@ -192,9 +195,62 @@ def _unshare_mounts() -> None:
 
 def _delete(line: CommandLine, local: Local) -> list[str]:
     """Where the runtime knows the container its poststop hook tells the daemon; where it does not nobody else would."""
-    if line.container and not os.path.isdir(os.path.join(local.root(line), line.container)):
+    directory = _clone(line, local)
+    if directory is not None:
+        _delete_clone(line, local, directory)
+    if line.container and not _exists(line, local):
         release(local, line.container)
     return line.words
+
+
+def _delete_clone(line: CommandLine, local: Local, directory: str) -> NoReturn:
+    """What the container has changed goes back to the manager before that hears of the end. Where it cannot, the clone
+    stays for the next to try: the daemon, ``interceptor sync``, the next container of the same tree."""
+    status = _call(local, line.words)
+    if not _exists(line, local):
+        release(local, line.container or "")
+        from interceptor.idshift.giveback import in_child
+
+        try:
+            in_child(directory, final=True)
+        except InterceptorError as error:
+            _complain(line, f"interceptor-runc delete: {error} ({error.hint})")
+    sys.exit(status)
+
+
+def _pause(line: CommandLine, local: Local) -> list[str]:
+    """A manager pauses a container to look at its files, so what that has changed goes there now."""
+    directory = _clone(line, local)
+    if directory is None:
+        return line.words
+    status = _call(local, line.words)
+    if status == 0:
+        from interceptor.idshift.giveback import in_child
+
+        try:
+            in_child(directory, final=False)
+        except (InterceptorError, OSError):
+            _call(local, ["resume" if word == "pause" else word for word in line.words])
+            raise
+    sys.exit(status)
+
+
+def _clone(line: CommandLine, local: Local) -> str | None:
+    """Where the container's root filesystem was cloned to, if it was."""
+    try:
+        with open(local.note(line.container or ""), "rb") as file:
+            if b'"clone": null' in file.read():
+                return None  # without the time that a parser takes to be imported
+    except OSError:
+        return None
+    found = _known(line, local).get("clone")
+    return found if isinstance(found, str) else None
+
+
+def _call(local: Local, words: Sequence[str]) -> int:
+    """The exit status of the stock runtime, where something is to be done after it."""
+    status = os.spawnvp(os.P_WAIT, local.runtime, [local.runtime, *words])
+    return status if status >= 0 else 128 - status
 
 
 def release(local: Local, cid: str) -> None:
@@ -203,6 +259,11 @@ def release(local: Local, cid: str) -> None:
         local.ask({"op": "release", "id": cid})
     except InterceptorError:
         return
+
+
+def _exists(line: CommandLine, local: Local) -> bool:
+    """Whether the stock runtime knows the container."""
+    return os.path.isdir(os.path.join(local.root(line), line.container or ""))
 
 
 def _known(line: CommandLine, local: Local) -> dict[str, Any]:
@@ -279,6 +340,7 @@ _COMMANDS: dict[str, Callable[[CommandLine, Local], list[str]]] = {
     "create": _create,
     "run": _create,
     "delete": _delete,
+    "pause": _pause,
     "kill": _kill,
     "exec": _exec,
 }

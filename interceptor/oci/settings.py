@@ -17,8 +17,8 @@ ANNOTATION = "io.interceptor."
 VARIABLE = "INTERCEPTOR_"
 
 #: Strategies of `interceptor.idshift.choose`, and ``none``: the files belong to the container's IDs already.
-Ownership = Literal["auto", "idmapped", "clone", "none"]
-OWNERSHIPS: tuple[Ownership, ...] = ("auto", "idmapped", "clone", "none")
+Ownership = Literal["auto", "idmapped", "shiftfs", "clone", "none"]
+OWNERSHIPS: tuple[Ownership, ...] = ("auto", "idmapped", "shiftfs", "clone", "none")
 
 
 @dataclass(frozen=True)

@@ -44,10 +44,12 @@ mkdir /usr/share/doc/dash; touch /usr/share/doc/dash/new
 echo root:changed >> /etc/environment; sync
 """
 
-#: What a container sees of a tree: every property by path, in an order of its own.
+#: What a container sees of a tree: every property by path, in an order of its own. How many links a directory has and
+#: how long it is tells of the layers that an overlay merges, not of what is in it.
 LOOK = r"""
 cd /
-find etc srv usr/local usr/share/doc/dash -xdev -printf '%p|%y|%m|%U:%G|%n|%s|%Ts|%l\n' |
+find etc srv usr/local usr/share/doc/dash -xdev \( -type d -printf '%p|%y|%m|%U:%G|%Ts\n' \
+  -o -printf '%p|%y|%m|%U:%G|%n|%s|%Ts|%l\n' \) |
   grep -avE '^etc(/(hosts|hostname|resolv.conf|mtab))?\|' | sort
 perl -e 'my $b = "\0" x 64; my ($p, $k) = ("/usr/local/bin/capable\0", "security.capability\0");
   my $r = syscall(191, $p, $k, $b, 64); print "capability ", $r < 0 ? "none" : unpack("H*", substr($b, 0, $r)), "\n"'
@@ -68,10 +70,10 @@ echo $n $bad
 """
 
 
-@pytest.fixture
-def edited(docker: Docker) -> Iterator[str]:
-    """A running container with all the edits."""
-    docker.start("edited", IMAGE, "sleep", "infinity")
+@pytest.fixture(params=["idmapped", "clone"])
+def edited(docker: Docker, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A running container with all the edits, under each strategy."""
+    docker.start("edited", "-e", f"INTERCEPTOR_OWNERSHIP={request.param}", IMAGE, "sleep", "infinity")
     docker("exec", "edited", "sh", "-c", EDITS)
     yield "edited"
     docker("rm", "-f", "edited")
@@ -117,6 +119,9 @@ def test_save_and_load_keep_it(docker: Docker, edited: str, tmp_path: Path) -> N
 
 
 def test_diff_lists_just_the_changes(docker: Docker, edited: str) -> None:
+    # A clone's changes are seen from then on.
+    docker("pause", edited)
+    docker("unpause", edited)
     lines = docker("diff", edited).splitlines()
     changed = {line[2:] for line in lines}
     tops = {"/etc", "/srv", "/usr"}
@@ -128,16 +133,40 @@ def test_diff_lists_just_the_changes(docker: Docker, edited: str) -> None:
     )
 
 
+def test_a_clone_that_is_started_again_has_what_it_did(docker: Docker) -> None:
+    """And what `docker cp` brought when it was stopped; what is copied from it is what was given back."""
+    docker.start("again", "-e", "INTERCEPTOR_OWNERSHIP=clone", IMAGE, "sleep", "infinity")
+    try:
+        docker("exec", "again", "sh", "-c", "echo first > /srv/file; chown 33 /srv/file; rm /etc/issue")
+        docker("stop", "-t", "0", "again")
+        copied = docker.try_("cp", "again:/srv/file", "-").stdout
+        with tarfile.open(fileobj=io.BytesIO(copied)) as archive:
+            assert required(archive, "file").read() == b"first\n"
+            assert archive.getmember("file").uid == 33
+        brought = io.BytesIO()
+        with tarfile.open(fileobj=brought, mode="w") as archive:
+            put(archive, "brought", b"brought")
+        docker("cp", "-", "again:/srv", stdin=brought.getvalue())
+        docker("start", "again")
+        script = "cat /srv/file /srv/brought; stat -c ' %u' /srv/file /srv/brought; ls /etc/issue || true"
+        assert docker("exec", "again", "sh", "-c", script).split() == ["first", "brought", "33", "0"]
+    finally:
+        docker("rm", "-f", "again")
+
+
 #: With the base image's layer 125, the most that Docker takes: it needs half a minute for them. More are mapped in
 #: tests/test_idmapped.py.
 LAYERS = 124 if os.environ.get("INTERCEPTOR_LONG") == "1" else 12
 
 
-def test_an_image_of_many_layers(docker: Docker, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ownership", ["idmapped", "clone"])
+def test_an_image_of_many_layers(docker: Docker, tmp_path: Path, ownership: str) -> None:
     """Made of one archive, as committing that often would take a minute."""
     add_layers(docker, tmp_path, LAYERS, "interceptor-test/many")
     script = "ls /layer | wc -l; echo new > /layer/new; stat -c %u /layer/0 /layer/new"
-    assert docker.run("interceptor-test/many", "sh", "-c", script).split() == [str(LAYERS), "0", "0"]
+    wanted = f"INTERCEPTOR_OWNERSHIP={ownership}"
+    shown = docker.run("-e", wanted, "interceptor-test/many", "sh", "-c", script)
+    assert shown.split() == [str(LAYERS), "0", "0"]
     docker("rmi", "interceptor-test/many")
 
 
