@@ -118,6 +118,9 @@ def edited(tree: Path) -> bool:
 def test_changes_go_back_at_a_pause_and_at_the_end(runtime: Runtime, tree: Path) -> None:
     start(runtime, tree, "paused")
     assert work(runtime, "paused", "stat -c %u /etc/old /usr/bin/dash").split() == ["0", "0"]
+    [row] = runtime.daemon.ask("ownership", id="paused")[:1]
+    assert row["strategy"] == "clone"
+    assert "without copying data" in row["reason"]
     assert work(runtime, "paused", EDIT) == "0\n"
     assert not edited(tree)
     assert runtime("pause", "paused").returncode == 0

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from interceptor.errors import ContainerError, SyscallError
-from interceptor.idshift import stack
+from interceptor.idshift import probe, stack
 from interceptor.idshift.choose import STRATEGIES, Found, choose, needs_mapping, worth_trying
 from interceptor.idshift.idmapped import Mapper, user_namespace
 from interceptor.idshift.overlay import (
@@ -319,3 +319,58 @@ def test_the_mapping_namespace_leaves_no_process(leak_check: None) -> None:
         ["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True, check=False
     ).stdout
     assert before.count(b"\n") == after.count(b"\n")
+
+
+# ---- what doctor says ----
+
+
+def probes(**works: bool) -> list[probe.Probe]:
+    """A row for each, as if found on some storage."""
+    names = {
+        "idmapped": "idmapped overlay",
+        "shiftfs": "shiftfs",
+        "metadata": "clone by metadata",
+        "reflink": "clone by reflink",
+        "copy": "clone by copy",
+    }
+    return [
+        probe.Probe("/d", "ext4", name, works.get(key, False), f"{key} fails") for key, name in names.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("works", "allowed", "strategy_", "words"),
+    [
+        ({"idmapped", "shiftfs", "copy"}, STRATEGIES, "idmapped", "it works"),
+        ({"shiftfs", "metadata"}, STRATEGIES, "shiftfs", "it works"),
+        ({"metadata", "reflink", "copy"}, STRATEGIES, "clone", "without copying data"),
+        ({"reflink", "copy"}, STRATEGIES, "clone", "without copying data"),
+        ({"copy"}, STRATEGIES, "clone", "all data is copied at each start"),
+        ({"idmapped", "copy"}, ("clone",), "clone", "all data is copied"),
+        (
+            {"idmapped"},
+            ("shiftfs",),
+            "none",
+            "idmapped: forbidden by ownership_strategies; shiftfs: shiftfs fails",
+        ),
+        (set(), STRATEGIES, "none", "clone: copy fails"),
+    ],
+)
+def test_doctor_says_what_a_container_would_get(
+    works: set[str], allowed: tuple[str, ...], strategy_: str, words: str
+) -> None:
+    found, why = probe.strategy(probes(**dict.fromkeys(works, True)), allowed)
+    assert found == strategy_
+    assert words in why
+
+
+@pytest.mark.root
+def test_probes_are_made_on_the_storage_itself_and_leave_nothing(disk: Path) -> None:
+    found = {one.name: one for one in probe.probe_storage(str(disk), "ext4")}
+    assert found["idmapped overlay"].works
+    assert found["clone by metadata"].works
+    assert found["clone by copy"].works
+    assert "no shiftfs" in found["shiftfs"].reason or found["shiftfs"].works
+    assert list(disk.iterdir()) == []
+    refused = {one.name: one for one in probe.probe_storage("/proc", "proc")}
+    assert not any(one.works for one in refused.values())

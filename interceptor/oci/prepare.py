@@ -298,6 +298,7 @@ class _Mapping:
         self.scratch: list[str] = []
         self.cloned: str | None = None
         """The directory of the root filesystem's clone."""
+        self._how = ""
 
     def root(self, new: dict[str, Any]) -> dict[str, str]:
         """Puts the root filesystem at the stage's ``rootfs`` and has ``new`` name that."""
@@ -312,7 +313,7 @@ class _Mapping:
             with tree:
                 mount.attach(tree, mount.AT_FDCWD, place)
         new.setdefault("root", {})["path"] = place
-        return {"strategy": decision.strategy, "reason": decision.reason}
+        return {"strategy": decision.strategy, "reason": f"{decision.reason}{self._how}"}
 
     def bind(self, entry: dict[str, Any], place: str) -> dict[str, str]:
         """Puts a mapped clone of a bind's source at ``place``, if that can be, and has ``entry`` name that."""
@@ -411,6 +412,9 @@ class _Mapping:
         clone.create(directory, record, self._alive)
         tree = clone.mount_clone(directory, record, "work", self._empty())
         self.cloned = directory
+        self._how = ", without copying data"
+        if why_not is not None:
+            self._how = f", with all data shared by reflink or copied: {why_not}"
         if layers is not None:
             self._leave_for_coherence(found.path, layers)
         return tree
