@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
 import stat
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -20,7 +22,6 @@ from interceptor.containers.spec import Bundle
 from interceptor.errors import ContainerError, ProtocolError
 from interceptor.kernel.process import start_time
 from interceptor.observe.log import get_logger
-from interceptor.oci import quick_hook
 from interceptor.oci.prepare import Job, Wanted, fork_child, read_answer, read_wanted
 from interceptor.oci.profile import WAIT_KILLABLE_RECV
 from interceptor.oci.rewrite import asks_for_user_namespace, kept_paths
@@ -261,9 +262,17 @@ def _same_namespace(pid: int) -> bool:
 
 def _hooks(control: str) -> dict[str, list[str]]:
     """Command lines of the hooks of a container made by the wrapper."""
-    # -I -S: nothing of the environment's or of a site's is looked for, which would take most of the time.
-    common = [sys.executable, "-I", "-S", quick_hook.__file__, control]
-    return {"createRuntime": [*common, "create"], "poststop": [*common, "poststop"]}
+    front = os.path.join(sysconfig.get_path("scripts"), "interceptor-runc")
+    with contextlib.suppress(FileNotFoundError), open(front, "rb") as file:
+        # The native command is the hook, too: a runtime waits for it at every start and end of a container.
+        if file.read(4) == b"\x7fELF":
+            common = [front, "--interceptor-hook", control]
+            return {"createRuntime": [*common, "create"], "poststop": [*common, "poststop"]}
+    common = [sys.executable, "-P", "-m", "interceptor.oci.hook", "--socket", control]
+    return {
+        "createRuntime": [*common, "createRuntime"],
+        "poststop": [*common, "--daemon-may-be-away", "poststop"],
+    }
 
 
 def _require_searchable(path: str) -> None:
