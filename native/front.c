@@ -262,17 +262,18 @@ static void give_pipes(uid_t owner)
 }
 
 /* A mount namespace of this process's own, in which the daemon puts together what the runtime will find. */
-static bool prepare(const struct command_line *line, const char *directory, const char *root, char *reply)
+static bool prepare(const struct command_line *line, const struct local *local, const char *root, char *reply)
 {
-	static const char format[] =
-		"{\"op\":\"prepare\",\"id\":\"%s\",\"pid\":%d,\"runtime_root\":\"%s\",\"bundle\":\"%s\"}\n";
-	char request[sizeof(format) + 3 * PATH_MAX];
-	if (!line->bundle || !is_plain_path(line->bundle))
+	static const char format[] = "{\"op\":\"prepare\",\"id\":\"%s\",\"pid\":%d,\"runtime\":\"%s\","
+				     "\"runtime_root\":\"%s\",\"bundle\":\"%s\"}\n";
+	char request[sizeof(format) + 4 * PATH_MAX];
+	if (!line->bundle || !is_plain_path(line->bundle) || !is_plain(local->runtime))
 		return false;
-	int length = snprintf(request, sizeof(request), format, line->container, (int)getpid(), root, line->bundle);
+	int length = snprintf(request, sizeof(request), format, line->container, (int)getpid(), local->runtime, root,
+			      line->bundle);
 	if ((size_t)length >= sizeof(request) || unshare(CLONE_NEWNS) < 0)
 		return false;
-	if (ask(directory, "/control.sock", request, (size_t)length, reply) || !is_ok(reply))
+	if (ask(local->directory, "/control.sock", request, (size_t)length, reply) || !is_ok(reply))
 		return false;
 	const char *owner = strstr(reply, "\"stdio_owner\":");
 	if (!owner)
@@ -312,7 +313,7 @@ static bool is_done(const struct command_line *line, const struct local *local)
 	if (!reply || !is_plain_path(root) || !is_plain(line->container))
 		return false;
 	if (creates(line->command))
-		return prepare(line, local->directory, root, reply);
+		return prepare(line, local, root, reply);
 	release(line, local->directory, root, reply);
 	return true;
 }

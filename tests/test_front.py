@@ -222,6 +222,7 @@ def test_the_daemon_is_asked_to_prepare_what_is_created(front: Path, daemon: Dae
     assert call(front, *words, INTERCEPTOR_CONFIG=daemon.config) == [b"stock", *map(os.fsencode, words)]
     [asked] = daemon.asked
     assert isinstance(asked.pop("pid"), int)
+    assert asked.pop("runtime") == str(front.parent / "stock")
     assert asked == {"op": "prepare", "id": "web1", "runtime_root": "/r/moby", "bundle": "/b/web1"}
 
 

@@ -39,6 +39,8 @@ class _Request(msgspec.Struct, frozen=True):
     pid: Annotated[int, Meta(ge=1)]
     runtime_root: _Absolute
     bundle: _Absolute
+    runtime: str | None = None
+    """The stock runtime, where the wrapper's environment names another than the configuration."""
 
 
 class _Decided(msgspec.Struct, frozen=True):
@@ -76,11 +78,11 @@ class Preparations:
         of the process that asks. Raises `InterceptorError`."""
         asked = _convert(request, _Request)
         _require_searchable(self._config.stage)
-        wait_killable = await self._wait_killable()
+        wait_killable = await self._wait_killable(asked.runtime or self._config.runtime)
         start = start_time(asked.pid)
         if start is None or _same_namespace(asked.pid):
             raise ProtocolError("prepare: for a process in a mount namespace of its own")
-        wanted = read_wanted(asked.bundle)
+        wanted = read_wanted(asked.bundle, asked.pid)
         self.reclaim()
         made = self._reserve(asked, start, wanted)
         try:
@@ -174,9 +176,9 @@ class Preparations:
         clean_up(gone)
         Path(self._note(gone.id)).unlink(missing_ok=True)
 
-    async def _wait_killable(self) -> bool:
+    async def _wait_killable(self, runtime: str) -> bool:
         """Whether the runtime says that it knows the flag (``features``, OCI runtime specification 1.1)."""
-        key = _identity(self._config.runtime)
+        key = _identity(runtime)
         if key is None:
             return False
         if key not in self._features:

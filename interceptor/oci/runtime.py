@@ -172,6 +172,7 @@ def _create(line: CommandLine, local: Local) -> list[str]:
             "pid": os.getpid(),
             "runtime_root": local.root(line),
             "bundle": os.path.abspath(line.value("--bundle", "-b") or "."),
+            "runtime": local.runtime,
         }
     )
     give_pipes(int(reply["stdio_owner"]))
