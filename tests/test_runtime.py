@@ -205,7 +205,8 @@ def test_a_killed_daemon_s_successor_hands_out_no_range_twice(runtime: Runtime) 
 def test_killed_before_the_runtime_nothing_is_left(runtime: Runtime, command: str) -> None:
     """The stock runtime is one that says that it was reached, and waits: everything has been made by then."""
     stub, reached = runtime.directory / "stub", runtime.directory / "reached"
-    stub.write_text(f"#!/bin/sh\necho reached > {reached}\nexec sleep infinity\n")
+    # The daemon asks a runtime what it can do, before anything is made.
+    stub.write_text(f'#!/bin/sh\n[ "$1" != features ] || exit 1\necho reached > {reached}\nexec sleep infinity\n')
     stub.chmod(0o755)
     reached.unlink(missing_ok=True)
     os.mkfifo(reached)
