@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import pytest
 from integration.containers import daemon as daemons
 from integration.containers import quickstart, rootfs
 from integration.containers.daemon import Daemon, program
+from interceptor.oci.capabilities import CAPABILITIES
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
@@ -70,18 +72,25 @@ class Runtime:
         return [one["id"] for one in json.loads(file.read_text())] if file.exists() else []
 
 
-@pytest.fixture(scope="module")
-def runtime() -> Iterator[Runtime]:
+@contextlib.contextmanager
+def serving(containers: int, **options: object) -> Iterator[Runtime]:
+    """The wrapper with ranges for so many containers, on a daemon with more keys of its configuration."""
     rootfs.ensure(quickstart.parser().get_default("cache"), 100000)
     directory = Path(tempfile.mkdtemp(prefix="interceptor-runtime-", dir="/run"))
     directory.chmod(0o755)
-    (directory / "subuid").write_text("interceptor:1000000:655360\n")
-    keys = {"subuid": f"{directory}/subuid", "subgid": f"{directory}/subuid"}
+    (directory / "subuid").write_text(f"interceptor:1000000:{containers * 65536}\n")
+    keys = {"subuid": f"{directory}/subuid", "subgid": f"{directory}/subuid", **options}
     try:
         with daemons.serving(directory / "daemon", keys) as daemon:
             yield Runtime(directory, daemon)
     finally:
         shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[Runtime]:
+    with serving(10) as found:
+        yield found
 
 
 def staged() -> list[str]:
@@ -162,6 +171,33 @@ def test_a_forbidden_strategy_is_an_error_not_a_silent_fallback(runtime: Runtime
         in done.stderr
     )
     assert runtime.reserved() == []
+
+
+def test_exhausted_ranges_and_privileged_as_configured() -> None:
+    with serving(1, privileged="system") as runtime:
+        bundle = runtime.bundle("sleep", "infinity")
+        file = Path(bundle) / "config.json"
+        config = json.loads(file.read_text())
+        # As managers have it for --privileged.
+        for path in ("maskedPaths", "readonlyPaths"):
+            config["linux"][path] = None
+        config["linux"]["devices"] = [{"type": "c", "path": "/dev/mem", "major": 1, "minor": 1}]
+        config["linux"]["resources"] = {"devices": [{"allow": True, "access": "rwm"}]}
+        config["process"]["capabilities"] = dict.fromkeys(
+            ("bounding", "effective", "permitted"), list(CAPABILITIES)
+        )
+        file.write_text(json.dumps(config))
+        assert runtime("run", "--detach", "--bundle", bundle, "only").returncode == 0
+        done = runtime("exec", "only", "sh", "-c", "cat /proc/self/uid_map; ls /dev/mem; umount /proc/sys")
+        assert done.stdout.split() == ["0", "1000000", "65536"]
+        assert "/dev/mem" in done.stderr
+        assert "umount: /proc/sys: not mounted" in done.stderr
+        done = runtime("run", "--bundle", bundle, "more")
+        assert done.returncode == 1
+        assert "exhausted: 1 containers hold 65536 IDs each" in done.stderr
+        assert runtime.reserved() == ["only"]
+        assert runtime("delete", "--force", "only").returncode == 0
+        assert runtime("run", "--bundle", runtime.bundle("true"), "more").returncode == 0
 
 
 # ---- who may die when ----
