@@ -183,9 +183,8 @@ def test_exhausted_ranges_and_privileged_as_configured() -> None:
             config["linux"][path] = None
         config["linux"]["devices"] = [{"type": "c", "path": "/dev/mem", "major": 1, "minor": 1}]
         config["linux"]["resources"] = {"devices": [{"allow": True, "access": "rwm"}]}
-        config["process"]["capabilities"] = dict.fromkeys(
-            ("bounding", "effective", "permitted"), list(CAPABILITIES)
-        )
+        sets = ("bounding", "effective", "permitted")
+        config["process"]["capabilities"] = {name: list(CAPABILITIES) for name in sets}
         file.write_text(json.dumps(config))
         assert runtime("run", "--detach", "--bundle", bundle, "only").returncode == 0
         done = runtime("exec", "only", "sh", "-c", "cat /proc/self/uid_map; ls /dev/mem; umount /proc/sys")
@@ -242,7 +241,9 @@ def test_killed_before_the_runtime_nothing_is_left(runtime: Runtime, command: st
     """The stock runtime is one that says that it was reached, and waits: everything has been made by then."""
     stub, reached = runtime.directory / "stub", runtime.directory / "reached"
     # The daemon asks a runtime what it can do, before anything is made.
-    stub.write_text(f'#!/bin/sh\n[ "$1" != features ] || exit 1\necho reached > {reached}\nexec sleep infinity\n')
+    stub.write_text(
+        f'#!/bin/sh\n[ "$1" != features ] || exit 1\necho reached > {reached}\nexec sleep infinity\n'
+    )
     stub.chmod(0o755)
     reached.unlink(missing_ok=True)
     os.mkfifo(reached)
@@ -274,8 +275,7 @@ def test_killed_while_it_asks_the_daemon(runtime: Runtime) -> None:
     bundle = runtime.bundle("true")
     daemon.send_signal(signal.SIGSTOP)
     try:
-        wrapper = subprocess.Popen(runtime.argv("run", "--bundle", bundle, "asking"))
-        wait_connected(wrapper)
+        wrapper = asking(runtime, "run", "--bundle", bundle, "asking")
         wrapper.kill()
         wrapper.wait()
     finally:
@@ -284,12 +284,25 @@ def test_killed_while_it_asks_the_daemon(runtime: Runtime) -> None:
     assert runtime.reserved() == []
 
 
-def wait_connected(process: subprocess.Popen[bytes]) -> None:
-    """Until it waits for an answer: strace(1) tells of its first recv, as it begins."""
-    argv = ["strace", "-f", "-qq", "-e", "trace=recvfrom,poll", "-p", str(process.pid)]
-    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as strace:
-        assert strace.stderr is not None
-        for line in strace.stderr:
-            if "recvfrom" in line or "poll(" in line:
-                break
-        strace.terminate()
+def asking(runtime: Runtime, *arguments: str) -> subprocess.Popen[bytes]:
+    """The wrapper from when it has asked the daemon: strace(1), as a grandchild of it (-D), tells of that."""
+    told = runtime.directory / "told"
+    os.mkfifo(told)
+    strace = [
+        "strace",
+        "-D",
+        "-f",
+        "-qq",
+        "-s",
+        "64",
+        "-e",
+        "trace=sendto",
+        "-e",
+        "signal=none",
+        "-o",
+        str(told),
+    ]
+    wrapper = subprocess.Popen([*strace, *runtime.argv(*arguments)])
+    with open(told) as lines:
+        assert any("prepare" in line for line in lines)
+    return wrapper
