@@ -11,11 +11,15 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = sorted(str(p.relative_to(HERE.parent)) for p in HERE.glob("*.c"))
+#: Source of the command ``interceptor-runc``, which setup.py builds.
+FRONT = "native/front.c"
+SOURCES = sorted({str(p.relative_to(HERE.parent)) for p in HERE.glob("*.c")} - {FRONT})
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wvla", "-Wformat=2"]
 HARDENING = ["-fstack-protector-strong", "-fno-strict-overflow", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2"]
 LINK = ["-Wl,-z,relro", "-Wl,-z,now", "-pthread"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
+
+FRONT_FLAGS = ["-std=gnu11", "-O2", *WARNINGS, *HARDENING, *LINK]
 
 sanitized = os.environ.get("INTERCEPTOR_SANITIZE") == "1"
 

@@ -116,6 +116,12 @@ def test_state_and_listener_arrive(agent: Agent, pipe: int) -> None:
     assert (status.st_dev, status.st_ino) == (os.fstat(pipe).st_dev, os.fstat(pipe).st_ino)
 
 
+def test_a_process_that_the_runtime_does_not_tell_is_taken(agent: Agent, pipe: int) -> None:
+    """crun 1.8 has 0 for the process of an exec; the container is found by its ID."""
+    agent.send(encode(pid=0), fds=[pipe])
+    assert agent.arrived.acquire(timeout=30)
+
+
 def test_runtime_need_not_close_its_end(agent: Agent, pipe: int) -> None:
     agent.send(encode(), fds=[pipe], finish=False)
     assert agent.arrived.acquire(timeout=30)
@@ -172,7 +178,7 @@ NO_STATE = {"ociVersion": "1", "id": "x", "status": "creating"}
         (b"{", 1, "not a ContainerProcessState"),
         (b"{}", 1, "ociVersion"),
         (b"\xff\xff", 1, "not a ContainerProcessState"),
-        (encode(pid=0), 1, "$.pid"),
+        (encode(pid=-1), 1, "$.pid"),
         (encode(pid="4711"), 1, "$.pid"),
         (encode(pid=2**31), 1, "$.pid"),
         (encode(pid=...), 1, "pid"),

@@ -75,7 +75,8 @@ def test_wheel_has_every_module_and_nothing_else(wheel: Path) -> None:
     package = {str(path.relative_to(ROOT)) for path in files() if path.is_relative_to(ROOT / "interceptor")}
     modules = {name for name in package if name.endswith((".py", ".pyi", "py.typed", ".service"))}
     assert modules <= names
-    assert names - package == {"interceptor/_native.abi3.so"}
+    others = {name.partition(".data/")[2] or name for name in names - package}
+    assert others == {"interceptor/_native.abi3.so", "scripts/interceptor-runc"}
 
 
 def test_commands_are_those_that_others_rely_on(installed: Path) -> None:
@@ -85,8 +86,10 @@ def test_commands_are_those_that_others_rely_on(installed: Path) -> None:
     assert dict(entry_points["console_scripts"]) == {
         "interceptor": "interceptor.cli:main",
         "interceptor-hook": "interceptor.oci.hook:main",
-        "interceptor-runc": "interceptor.oci.runtime:main",
     }
+    argv = [str(installed / "bin/interceptor-runc"), "list"]
+    done = subprocess.run(argv, env={"INTERCEPTOR_RUNTIME": "/bin/echo"}, check=True, capture_output=True)
+    assert done.stdout == b"list\n"
 
 
 def test_installed_native_module_works(installed: Path, tmp_path: Path) -> None:

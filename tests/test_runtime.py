@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import pytest
 from integration.containers import daemon as daemons
 from integration.containers import quickstart, rootfs
 from integration.containers.daemon import Daemon, program
+from interceptor.oci.capabilities import CAPABILITIES
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
@@ -70,18 +72,25 @@ class Runtime:
         return [one["id"] for one in json.loads(file.read_text())] if file.exists() else []
 
 
-@pytest.fixture(scope="module")
-def runtime() -> Iterator[Runtime]:
+@contextlib.contextmanager
+def serving(containers: int, **options: object) -> Iterator[Runtime]:
+    """The wrapper with ranges for so many containers, on a daemon with more keys of its configuration."""
     rootfs.ensure(quickstart.parser().get_default("cache"), 100000)
     directory = Path(tempfile.mkdtemp(prefix="interceptor-runtime-", dir="/run"))
     directory.chmod(0o755)
-    (directory / "subuid").write_text("interceptor:1000000:655360\n")
-    keys = {"subuid": f"{directory}/subuid", "subgid": f"{directory}/subuid"}
+    (directory / "subuid").write_text(f"interceptor:1000000:{containers * 65536}\n")
+    keys = {"subuid": f"{directory}/subuid", "subgid": f"{directory}/subuid", **options}
     try:
         with daemons.serving(directory / "daemon", keys) as daemon:
             yield Runtime(directory, daemon)
     finally:
         shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[Runtime]:
+    with serving(10) as found:
+        yield found
 
 
 def staged() -> list[str]:
@@ -164,6 +173,32 @@ def test_a_forbidden_strategy_is_an_error_not_a_silent_fallback(runtime: Runtime
     assert runtime.reserved() == []
 
 
+def test_exhausted_ranges_and_privileged_as_configured() -> None:
+    with serving(1, privileged="system") as runtime:
+        bundle = runtime.bundle("sleep", "infinity")
+        file = Path(bundle) / "config.json"
+        config = json.loads(file.read_text())
+        # As managers have it for --privileged.
+        for path in ("maskedPaths", "readonlyPaths"):
+            config["linux"][path] = None
+        config["linux"]["devices"] = [{"type": "c", "path": "/dev/mem", "major": 1, "minor": 1}]
+        config["linux"]["resources"] = {"devices": [{"allow": True, "access": "rwm"}]}
+        sets = ("bounding", "effective", "permitted")
+        config["process"]["capabilities"] = {name: list(CAPABILITIES) for name in sets}
+        file.write_text(json.dumps(config))
+        assert runtime("run", "--detach", "--bundle", bundle, "only").returncode == 0
+        done = runtime("exec", "only", "sh", "-c", "cat /proc/self/uid_map; ls /dev/mem; umount /proc/sys")
+        assert done.stdout.split() == ["0", "1000000", "65536"]
+        assert "/dev/mem" in done.stderr
+        assert "umount: /proc/sys: not mounted" in done.stderr
+        done = runtime("run", "--bundle", bundle, "more")
+        assert done.returncode == 1
+        assert "exhausted: 1 containers hold 65536 IDs each" in done.stderr
+        assert runtime.reserved() == ["only"]
+        assert runtime("delete", "--force", "only").returncode == 0
+        assert runtime("run", "--bundle", runtime.bundle("true"), "more").returncode == 0
+
+
 # ---- who may die when ----
 
 
@@ -205,7 +240,10 @@ def test_a_killed_daemon_s_successor_hands_out_no_range_twice(runtime: Runtime) 
 def test_killed_before_the_runtime_nothing_is_left(runtime: Runtime, command: str) -> None:
     """The stock runtime is one that says that it was reached, and waits: everything has been made by then."""
     stub, reached = runtime.directory / "stub", runtime.directory / "reached"
-    stub.write_text(f"#!/bin/sh\necho reached > {reached}\nexec sleep infinity\n")
+    # The daemon asks a runtime what it can do, before anything is made.
+    stub.write_text(
+        f'#!/bin/sh\n[ "$1" != features ] || exit 1\necho reached > {reached}\nexec sleep infinity\n'
+    )
     stub.chmod(0o755)
     reached.unlink(missing_ok=True)
     os.mkfifo(reached)
@@ -237,8 +275,7 @@ def test_killed_while_it_asks_the_daemon(runtime: Runtime) -> None:
     bundle = runtime.bundle("true")
     daemon.send_signal(signal.SIGSTOP)
     try:
-        wrapper = subprocess.Popen(runtime.argv("run", "--bundle", bundle, "asking"))
-        wait_connected(wrapper)
+        wrapper = asking(runtime, "run", "--bundle", bundle, "asking")
         wrapper.kill()
         wrapper.wait()
     finally:
@@ -247,12 +284,25 @@ def test_killed_while_it_asks_the_daemon(runtime: Runtime) -> None:
     assert runtime.reserved() == []
 
 
-def wait_connected(process: subprocess.Popen[bytes]) -> None:
-    """Until it waits for an answer: strace(1) tells of its first recv, as it begins."""
-    argv = ["strace", "-f", "-qq", "-e", "trace=recvfrom,poll", "-p", str(process.pid)]
-    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as strace:
-        assert strace.stderr is not None
-        for line in strace.stderr:
-            if "recvfrom" in line or "poll(" in line:
-                break
-        strace.terminate()
+def asking(runtime: Runtime, *arguments: str) -> subprocess.Popen[bytes]:
+    """The wrapper from when it has asked the daemon: strace(1), as a grandchild of it (-D), tells of that."""
+    told = runtime.directory / "told"
+    os.mkfifo(told)
+    strace = [
+        "strace",
+        "-D",
+        "-f",
+        "-qq",
+        "-s",
+        "64",
+        "-e",
+        "trace=sendto",
+        "-e",
+        "signal=none",
+        "-o",
+        str(told),
+    ]
+    wrapper = subprocess.Popen([*strace, *runtime.argv(*arguments)])
+    with open(told) as lines:
+        assert any("prepare" in line for line in lines)
+    return wrapper

@@ -35,12 +35,12 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
     rootfs.ensure(cache, 100000)
     with ExitStack() as stack:
         docker = stack.enter_context(serving())
-        remapped = stack.enter_context(_remapped(docker))
-        for one in (docker, remapped):
+        second = stack.enter_context(remapped(docker))
+        for one in (docker, second):
             import_image(one, cache / rootfs.SUITE)
         contestants = {
             "interceptor": _starter(docker, "interceptor"),
-            "runc, userns-remap": _starter(remapped, "runc"),
+            "runc, userns-remap": _starter(second, "runc"),
             "runc": _starter(docker, "runc"),
         }
         times: dict[str, list[float]] = {name: [] for name in contestants}
@@ -63,7 +63,7 @@ def _starter(docker: Docker, runtime: str) -> Callable[[], str]:
 
 
 @contextmanager
-def _remapped(docker: Docker) -> Iterator[Docker]:
+def remapped(docker: Docker) -> Iterator[Docker]:
     """A second engine, with userns-remap: its user's IDs are in files that only it sees as /etc/subuid and subgid."""
     run = Path(tempfile.mkdtemp(prefix="interceptor-remap-", dir="/run"))
     data = Path(tempfile.mkdtemp(prefix="interceptor-remap-", dir="/var/tmp"))
@@ -73,8 +73,8 @@ def _remapped(docker: Docker) -> Iterator[Docker]:
         (run / "subids").write_text("nobody:2000000:65536\n")
         with engine(
             run, data, docker.daemon, "--userns-remap=nobody:nogroup", subids=run / "subids"
-        ) as remapped:
-            yield remapped
+        ) as second:
+            yield second
     finally:
         for path in (run, data):
             shutil.rmtree(path, ignore_errors=True)

@@ -17,6 +17,7 @@ from integration.containers import cgroups
 from integration.containers import daemon as daemons
 from integration.containers.daemon import Daemon, program
 from integration.containers.notify import NotifySocket
+from interceptor.oci.runtime import CONFIG_VARIABLE
 
 READY_SECONDS = 60.0
 #: For one command of the client; what takes this long hangs.
@@ -93,10 +94,8 @@ def serving(runtime_options: Mapping[str, object] | None = None) -> Iterator[Doc
 @contextlib.contextmanager
 def engine(run: Path, data: Path, daemon: Daemon, *more: str, subids: Path | None = None) -> Iterator[Docker]:
     """dockerd alone; ``more`` are options of it, and ``subids`` what it has as /etc/subuid and /etc/subgid."""
-    runtime = {
-        "path": program("interceptor-runc"),
-        "runtimeArgs": ["--interceptor-config", str(daemon.config)],
-    }
+    # Its configuration comes by the environment: for runtimeArgs, dockerd would start a shell each time.
+    runtime = {"path": program("interceptor-runc")}
     (run / "daemon.json").write_text(json.dumps({"runtimes": {"interceptor": runtime}}))
     parent = f"/{run.name}"
     argv = [
@@ -115,7 +114,7 @@ def engine(run: Path, data: Path, daemon: Daemon, *more: str, subids: Path | Non
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env={**os.environ, "NOTIFY_SOCKET": str(ready.path)},
+            env={**os.environ, "NOTIFY_SOCKET": str(ready.path), CONFIG_VARIABLE: str(daemon.config)},
             cwd="/",
             start_new_session=True,
         )

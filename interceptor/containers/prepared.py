@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
 import stat
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -22,7 +24,6 @@ from interceptor.errors import ContainerError, ProtocolError
 from interceptor.idshift.choose import STRATEGIES
 from interceptor.kernel.process import start_time
 from interceptor.observe.log import get_logger
-from interceptor.oci import quick_hook
 from interceptor.oci.prepare import Job, Wanted, fork_child, read_answer, read_wanted
 from interceptor.oci.profile import WAIT_KILLABLE_RECV
 from interceptor.oci.rewrite import asks_for_user_namespace, kept_paths
@@ -40,6 +41,8 @@ class _Request(msgspec.Struct, frozen=True):
     pid: Annotated[int, Meta(ge=1)]
     runtime_root: _Absolute
     bundle: _Absolute
+    runtime: str | None = None
+    """The stock runtime, where the wrapper's environment names another than the configuration."""
 
 
 class _Decided(msgspec.Struct, frozen=True):
@@ -79,11 +82,11 @@ class Preparations:
         of the process that asks. Raises `InterceptorError`."""
         asked = _convert(request, _Request)
         _require_searchable(self._config.stage)
-        wait_killable = await self._wait_killable()
+        wait_killable = await self._wait_killable(asked.runtime or self._config.runtime)
         start = start_time(asked.pid)
         if start is None or _same_namespace(asked.pid):
             raise ProtocolError("prepare: for a process in a mount namespace of its own")
-        wanted = read_wanted(asked.bundle)
+        wanted = read_wanted(asked.bundle, asked.pid)
         self.reclaim()
         made = self._reserve(asked, start, wanted)
         try:
@@ -185,9 +188,9 @@ class Preparations:
         clean_up(gone)
         Path(self._note(gone.id)).unlink(missing_ok=True)
 
-    async def _wait_killable(self) -> bool:
+    async def _wait_killable(self, runtime: str) -> bool:
         """Whether the runtime says that it knows the flag (``features``, OCI runtime specification 1.1)."""
-        key = _identity(self._config.runtime)
+        key = _identity(runtime)
         if key is None:
             return False
         if key not in self._features:
@@ -272,9 +275,17 @@ def _same_namespace(pid: int) -> bool:
 
 def _hooks(control: str) -> dict[str, list[str]]:
     """Command lines of the hooks of a container made by the wrapper."""
-    # -I -S: nothing of the environment's or of a site's is looked for, which would take most of the time.
-    common = [sys.executable, "-I", "-S", quick_hook.__file__, control]
-    return {"createRuntime": [*common, "create"], "poststop": [*common, "poststop"]}
+    front = os.path.join(sysconfig.get_path("scripts"), "interceptor-runc")
+    with contextlib.suppress(FileNotFoundError), open(front, "rb") as file:
+        # The native command is the hook, too: a runtime waits for it at every start and end of a container.
+        if file.read(4) == b"\x7fELF":
+            common = [front, "--interceptor-hook", control]
+            return {"createRuntime": [*common, "create"], "poststop": [*common, "poststop"]}
+    common = [sys.executable, "-P", "-m", "interceptor.oci.hook", "--socket", control]
+    return {
+        "createRuntime": [*common, "createRuntime"],
+        "poststop": [*common, "--daemon-may-be-away", "poststop"],
+    }
 
 
 def _require_searchable(path: str) -> None:

@@ -74,15 +74,24 @@ class Workshop:
         _mount(b"none", shield, None, 1 | 2 | 8 | 32 | 4096)
 
 
-def _fork(body: Any) -> int:
-    """Forks; the child runs ``body``, which must not return."""
+def _fork(body: Any) -> tuple[int, int]:
+    """Forks; the child runs ``body``, which must not return. Its ID and a pidfd, which is there before it starts: of a
+    child that has ended nothing is left here, as SIGCHLD is ignored."""
+    read, write = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
         try:
+            os.close(write)
+            os.read(read, 1)
+            os.close(read)
             body()
         finally:
             os._exit(70)
-    return pid
+    os.close(read)
+    try:
+        return pid, os.pidfd_open(pid)
+    finally:
+        os.close(write)
 
 
 def _start_welder() -> socket.socket:
@@ -95,7 +104,8 @@ def _start_welder() -> socket.socket:
         lib.ix_welder(keep)
         os._exit(0)
 
-    _fork(body)
+    _, pidfd = _fork(body)
+    os.close(pidfd)
     theirs.close()
     (error,) = struct.unpack("i", ours.recv(4))
     if error:
@@ -240,15 +250,13 @@ class Keeper:
         """Forks a guard. Descriptors: user namespace, link, journal."""
         userns, link, journal = fds
         config = ffi.new("struct ix_guard_config *", message["config"])
-        pid = _fork(lambda: lib.ix_become_guard(userns, self.proc, link, journal, config))
-        return self._child(pid, fds)
+        return self._child(lambda: lib.ix_become_guard(userns, self.proc, link, journal, config), fds)
 
     def order_envoy(self, _message: Any, fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Forks an envoy. Descriptors: socket, bare procfs and sysfs, pidfd, user namespace, then others to join."""
         sock, proc, sys_, pidfd, *namespaces = fds
         array_ = ffi.new("int[]", namespaces)
-        pid = _fork(lambda: lib.ix_become_envoy(array_, len(namespaces), sock, proc, sys_, pidfd))
-        return self._child(pid, fds)
+        return self._child(lambda: lib.ix_become_envoy(array_, len(namespaces), sock, proc, sys_, pidfd), fds)
 
     def order_view_parts(self, message: Any, fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Forks somebody who clones mounts at paths of the view, may wait for it, and sends them to the socket."""
@@ -261,10 +269,10 @@ class Keeper:
             send_parts(self.workshop.root, paths, keep)
             os._exit(0)
 
-        return self._child(_fork(body), fds)
+        return self._child(body, fds)
 
-    def _child(self, pid: int, fds: list[int]) -> tuple[dict[str, Any], list[int]]:
-        pidfd = os.pidfd_open(pid)
+    def _child(self, body: Any, fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+        pid, pidfd = _fork(body)
         fds.append(pidfd)  # closed with the others once the reply, which carries it, is sent
         return {"pid": pid}, [pidfd]
 

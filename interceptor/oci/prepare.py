@@ -71,15 +71,15 @@ class Job:
     """Where links to clones are."""
 
 
-def read_wanted(bundle: str) -> Wanted:
-    """What ``bundle`` asks for. Raises `ContainerError`."""
+def read_wanted(bundle: str, pid: int) -> Wanted:
+    """What ``bundle`` asks for, on behalf of the process ``pid``. Raises `ContainerError`."""
     try:
         spec = _read(f"{bundle}/config.json")
     except OSError as error:
         raise ContainerError(f"{bundle}/config.json: {error.strerror}") from None
     settings = read_settings(spec.get("annotations"), (spec.get("process") or {}).get("env"))
     root = os.path.realpath(os.path.join(bundle, (spec.get("root") or {}).get("path") or "rootfs"))
-    return Wanted(bundle, spec, settings, root, _cgroup2(spec))
+    return Wanted(bundle, spec, settings, root, _cgroup2(spec, pid))
 
 
 def fork_child(job: Job, pid: int) -> tuple[OwnedFd, int]:
@@ -137,12 +137,12 @@ def _read(path: str) -> dict[str, Any]:
     return spec
 
 
-def _cgroup2(spec: dict[str, Any]) -> str | None:
-    """The container's cgroup v2 where that is mounted beside version 1 ("hybrid"), whose other hierarchies a container
-    cannot be given. Runtimes with the cgroupfs driver use the same path in all of them."""
+def _cgroup2(spec: dict[str, Any], pid: int) -> str | None:
+    """The container's cgroup v2 where the runtime will see that beside version 1 ("hybrid"), whose other hierarchies a
+    container cannot be given. Runtimes with the cgroupfs driver use the same path in all of them."""
     path = (spec.get("linux") or {}).get("cgroupsPath") or ""
     unified = "/sys/fs/cgroup/unified"
-    if not path.startswith("/") or not os.path.exists(f"{unified}/cgroup.controllers"):
+    if not path.startswith("/") or not os.path.exists(f"/proc/{pid}/root{unified}/cgroup.controllers"):
         return None
     return unified + os.path.normpath(path)
 

@@ -174,6 +174,7 @@ def _create(line: CommandLine, local: Local) -> list[str]:
             "pid": os.getpid(),
             "runtime_root": local.root(line),
             "bundle": os.path.abspath(line.value("--bundle", "-b") or "."),
+            "runtime": local.runtime,
         },
         CREATE_TIMEOUT,
     )

@@ -32,12 +32,13 @@ class State(msgspec.Struct, frozen=True, rename="camel"):
 class ContainerProcessState(msgspec.Struct, frozen=True, rename="camel"):
     """What comes with a seccomp listener: which process of which container it belongs to.
 
+    ``pid`` is 0 where the runtime does not tell, as crun 1.8 for ``exec``: the container is found by its ID.
     ``fds`` are the names of the descriptors sent along, in their order. ``metadata`` is the bundle's
     ``linux.seccomp.listenerMetadata``.
     """
 
     oci_version: str
-    pid: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    pid: Annotated[int, Meta(ge=0, le=2**31 - 1)]
     state: State
     fds: list[str] | None = None
     metadata: str = ""

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from integration.docker.engine import IMAGE, Docker
+from integration.containers import quickstart, rootfs
+from integration.docker.__main__ import remapped
+from integration.docker.engine import IMAGE, Docker, import_image
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
@@ -140,6 +142,26 @@ def test_what_cannot_be_is_refused_by_name(docker: Docker) -> None:
     assert "privileged containers are refused" in refusal(docker, "--privileged")
     assert "needs a pid namespace of its own" in refusal(docker, "--pid=host")
     assert "INTERCEPTOR_HONER_CAPS: unknown setting" in refusal(docker, "-e", "INTERCEPTOR_HONER_CAPS=true")
+
+
+def test_a_remapped_engine_keeps_its_own_mapping(docker: Docker) -> None:
+    """dockerd --userns-remap: its range, its chowned layers, our guard."""
+    cache = quickstart.parser().get_default("cache")
+    with remapped(docker) as second:
+        import_image(second, cache / rootfs.SUITE)
+        script = (
+            "echo $(cat /proc/self/uid_map); stat -c %u /etc/passwd; umount /proc/sys || echo stays;"
+            "mount -t proc proc /mnt && umount /mnt/sys && ls -A /mnt/sys | wc -l; touch /srv/new"
+        )
+        second.start("remapped", IMAGE, "sleep", "infinity")
+        [container] = docker.daemon.ask("ps")
+        assert docker.daemon.ask("ownership", id=container["id"]) == [], "nothing is left for us to map"
+        lines = second("exec", "remapped", "sh", "-c", script).splitlines()
+        assert lines == ["0 2000000 65536", "0", "stays", "0"]
+        second("stop", "-t", "0", "remapped")
+        assert second("diff", "remapped").splitlines() == ["C /srv", "A /srv/new"]
+        second("rm", "remapped")
+    assert docker.daemon.ask("ps") == []
 
 
 def test_host_s_network_and_ipc_can_be_shared(docker: Docker) -> None:
