@@ -101,9 +101,9 @@ static void count(uint64_t *counter)
 }
 
 /* Eight buckets an octave from 256 ns on; interceptor/guards/journal.py reads them back. */
-static void record(enum ix_outcome outcome, uint64_t ns)
+static void record(enum ix_kind kind, enum ix_outcome outcome, uint64_t ns)
 {
-	struct ix_histogram *h = &ix_guard_state.journal->latency[outcome];
+	struct ix_histogram *h = &ix_guard_state.journal->latency[kind][outcome];
 	unsigned int bucket = 0;
 	if (ns >= 256) {
 		unsigned int octave = 63 - (unsigned int)__builtin_clzll(ns);
@@ -112,6 +112,7 @@ static void record(enum ix_outcome outcome, uint64_t ns)
 	if (bucket >= IX_BUCKETS)
 		bucket = IX_BUCKETS - 1;
 	count(&h->count);
+	__atomic_add_fetch(&h->sum_ns, ns, __ATOMIC_RELAXED);
 	count(&h->buckets[bucket]);
 }
 
@@ -134,6 +135,7 @@ bool ix_question(struct ix_call *call, struct ix_ask *ask, const int *fds, int f
 		deadline.tv_nsec -= 1000000000;
 	}
 	count(&ix_guard_state.journal->asked);
+	count(&ix_guard_state.journal->waiting);
 	pthread_mutex_lock(&q->lock);
 	uint64_t turn = atomic_fetch_add(&ix_guard_state.next_seq, 1);
 	ask->seq = turn * IX_SLOTS + (uint64_t)(q - ix_guard_state.questions);
@@ -154,6 +156,7 @@ bool ix_question(struct ix_call *call, struct ix_ask *ask, const int *fds, int f
 	bool answered = q->done;
 	q->seq = 0;
 	pthread_mutex_unlock(&q->lock);
+	__atomic_sub_fetch(&ix_guard_state.journal->waiting, 1, __ATOMIC_RELAXED);
 	return answered;
 }
 
@@ -375,7 +378,8 @@ void ix_serve_call(struct ix_listener *listener, struct ix_slot *slot, int turn,
 	memcpy(call.args, n->data.args, sizeof(call.args));
 	call.mntns = call.target = -1;
 	memset(&call.context, 0, sizeof(call.context));
-	call.path[0] = '\0';
+	call.kind = IX_KIND_OTHER;
+	call.path[0] = call.text[0] = '\0';
 	uint64_t start = now_ns();
 	slot->since_ns = start;
 	struct ix_reply reply = overloaded ? ix_let_kernel_run("every receiver is stuck: the welds hold")
@@ -386,8 +390,10 @@ void ix_serve_call(struct ix_listener *listener, struct ix_slot *slot, int turn,
 	ix_close_fd(&call.question->answer_fd);
 	call.question->answer_fd = -1;
 	atomic_fetch_sub(&listener->serving, 1);
+	/* Before the reply: afterwards the caller may be gone, and its unit with it. */
+	ix_tally(&call, &reply);
 	send_reply(&call, &reply);
-	record(reply.outcome, now_ns() - start);
+	record(call.kind, reply.outcome, now_ns() - start);
 	if (overloaded)
 		count(&ix_guard_state.journal->overloaded);
 	end_call(slot);
@@ -419,6 +425,8 @@ int ix_guard(int link_fd, int journal_fd, int proc_fd, const struct ix_guard_con
 	if (g->home < 0 || g->journal == MAP_FAILED)
 		return -1;
 	close(journal_fd);
+	/* Those that a predecessor waited for. */
+	__atomic_store_n(&g->journal->waiting, 0, __ATOMIC_RELAXED);
 	pthread_mutex_init(&g->cache_lock, NULL);
 	pthread_mutex_init(&g->stats_lock, NULL);
 	pthread_mutex_init(&g->turn_lock, NULL);

@@ -175,6 +175,8 @@ int ix_link_serve(void)
 			drop_listener(m.note.value);
 		else if (n == sizeof(m.note) && m.type == IX_MSG_FLUSH)
 			ix_cache_flush();
+		else if (n == sizeof(m.note) && m.type == IX_MSG_FOLLOW)
+			atomic_store(&ix_guard_state.followed, m.note.value != 0);
 		else if (n == sizeof(m.note) && m.type == IX_MSG_HELLO)
 			ask_again();
 		ix_close_fd(&fd);
