@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,9 @@ def serve(config: Config) -> int:
     # Containers' roots have to find their root filesystems below it; everything else in it is for root only.
     os.chmod(config.runtime_dir, 0o711)
     os.makedirs(config.state_dir, 0o700, exist_ok=True)
+    # A dozen descriptors for each container; what it starts has as many.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     keeper, fresh = keepers.connect(config)
     # The workshop is the keeper's mount namespace; a successor joins the same one.
     setns(keeper.namespace, CLONE_NEWNS)

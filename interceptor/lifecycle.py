@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import select
 import time
 from collections import OrderedDict
 from typing import Any
@@ -22,7 +21,7 @@ from interceptor.guards.link import Answer, Ask, adopt
 from interceptor.guards.supervise import HangUps, Supervisor
 from interceptor.idshift.coherence import Coherence, Pair, open_pair
 from interceptor.kernel import mount, stat
-from interceptor.kernel.fd import OwnedFd
+from interceptor.kernel.fd import OwnedFd, is_ready
 from interceptor.kernel.namespaces import open_namespace, visiting
 from interceptor.kernel.process import pidfd_open
 from interceptor.mounts.composite import HARDENED, Composer, Material, Shields
@@ -552,5 +551,5 @@ def _require_user_namespace(state: State, userns: OwnedFd) -> None:
 
 def _require_alive(pidfd: OwnedFd, state: State) -> None:
     """Afterwards everything that was opened by PID is known to be this process's."""
-    if select.select([pidfd], [], [], 0)[0]:
+    if is_ready(pidfd):
         raise ContainerError(f"process {state.pid} of container {state.id} ended while it was set up")

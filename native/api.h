@@ -301,6 +301,7 @@ struct ix_journal {
 	struct ix_slot slots[256];
 	uint64_t missed;       /* verdicts that the cache did not have */
 	uint64_t waiting;      /* questions that the daemon has not answered yet */
+	uint64_t slots_used;   /* no slot from here on was ever taken */
 	struct ix_histogram latency[13][3];  /* by enum ix_kind; continued, denied, handled */
 	uint64_t versions;     /* of rows of `seen` */
 	uint64_t noted;        /* calls that were counted there */
@@ -323,6 +324,21 @@ void ix_become_guard(int userns_fd, int proc_fd, int link_fd, int journal_fd, co
 /* ns_fds: user, network, IPC and UTS namespace. pidfd: of a process with whose end the envoy ends, whoever else is
  * left; -1: none. */
 void ix_become_envoy(const int *ns_fds, int ns_count, int sock, int proc_fd, int sys_fd, int pidfd);
+
+/* ---- nursery.c --------------------------------------------------------------------------------------------- */
+
+enum { IX_BIRTH_GUARD = 1, IX_BIRTH_ENVOY = 2 };
+
+/* An order to fork. Descriptors beside it: of a guard user namespace, link, journal; of an envoy socket, bare procfs and
+ * sysfs, pidfd, user namespace, further namespaces. The answer is a PID with its pidfd, or a negative errno. */
+struct ix_birth {
+	uint32_t kind;
+	uint32_t spare;
+	struct ix_guard_config config;
+};
+
+/* Serves orders on `sock` until its other end is closed; children get `proc`, the host's. */
+int ix_nursery(int sock, int proc);
 
 /* ---- resolve.c, for tests: a path as thread `tid` would resolve it; returns an O_PATH descriptor ------------ */
 int ix_resolve(int proc_fd, int tid, int dirfd, const char *path, int follow);

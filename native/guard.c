@@ -17,6 +17,12 @@ static struct ix_slot *slot_at(int i)
 	return &ix_guard_state.journal->slots[i];
 }
 
+int ix_slots_used(void)
+{
+	uint64_t used = __atomic_load_n(&ix_guard_state.journal->slots_used, __ATOMIC_ACQUIRE);
+	return used < IX_SLOTS ? (int)used : IX_SLOTS;
+}
+
 static struct seccomp_notif *notif_of(struct ix_slot *slot)
 {
 	return (struct seccomp_notif *)(void *)slot->notif;
@@ -38,7 +44,7 @@ static bool earlier(struct ix_slot *a, struct ix_slot *b)
 
 static bool has_earlier(struct ix_slot *slot)
 {
-	for (int i = 0; i < IX_SLOTS; i++)
+	for (int i = 0; i < ix_slots_used(); i++)
 		if (earlier(slot_at(i), slot))
 			return true;
 	return false;
@@ -83,7 +89,7 @@ bool ix_still_wanted(struct ix_call *call)
 		return false;
 	bool wanted = false;
 	pthread_mutex_lock(&g->turn_lock);
-	for (int i = 0; i < IX_SLOTS && !wanted; i++) {
+	for (int i = 0; i < ix_slots_used() && !wanted; i++) {
 		const struct seccomp_notif *again = notif_of(slot_at(i));
 		uint64_t id = again->id;
 		/* Equal in everything: architecture, number, arguments, and the instruction it comes from. */
@@ -151,7 +157,7 @@ bool ix_question(struct ix_call *call, struct ix_ask *ask, const int *fds, int f
 	/* Somebody else receives meanwhile; after the daemon was woken, since that is the longer way. */
 	ix_step_down(call);
 	pthread_mutex_lock(&q->lock);
-	while (!q->done && pthread_cond_timedwait(&q->answered, &q->lock, &deadline) == 0)
+	while (!q->done && pthread_cond_clockwait(&q->answered, &q->lock, CLOCK_MONOTONIC, &deadline) == 0)
 		;
 	bool answered = q->done;
 	q->seq = 0;
@@ -371,6 +377,7 @@ void ix_serve_call(struct ix_listener *listener, struct ix_slot *slot, int turn,
 	const struct seccomp_notif *n = notif_of(slot);
 	call.slot = slot;
 	call.question = &ix_guard_state.questions[slot - ix_guard_state.journal->slots];
+	call.question->answer_fd = -1;
 	call.listener = listener;
 	call.turn = turn;
 	call.tid = (int)n->pid;
@@ -399,21 +406,6 @@ void ix_serve_call(struct ix_listener *listener, struct ix_slot *slot, int turn,
 	end_call(slot);
 }
 
-static void prepare_questions(void)
-{
-	pthread_condattr_t attr;
-	pthread_condattr_init(&attr);
-	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
-	for (int i = 0; i < IX_SLOTS; i++) {
-		ix_guard_state.questions[i].answer_fd = -1;
-		pthread_mutex_init(&ix_guard_state.questions[i].lock, NULL);
-		pthread_cond_init(&ix_guard_state.questions[i].answered, &attr);
-	}
-	pthread_condattr_destroy(&attr);
-	for (int i = 0; i < IX_LISTENERS; i++)
-		ix_guard_state.listeners[i].fd = -1;
-}
-
 int ix_guard(int link_fd, int journal_fd, int proc_fd, const struct ix_guard_config *config)
 {
 	struct ix_guard_state *g = &ix_guard_state;
@@ -433,7 +425,6 @@ int ix_guard(int link_fd, int journal_fd, int proc_fd, const struct ix_guard_con
 	pthread_mutex_init(&g->orphan_lock, NULL);
 	pthread_cond_init(&g->turn_over, NULL);
 	atomic_store(&g->next_seq, now_ns() >> 16);
-	prepare_questions();
 	if (ix_start_watchdog() < 0)
 		return -1;
 	srandom((unsigned int)now_ns());

@@ -21,7 +21,7 @@ struct ix_listener {
 	atomic_int dropped;
 };
 
-/* A question on its way to the daemon; one a slot. */
+/* A question on its way to the daemon; one a slot. All zero is a closed one: those of slots never taken are not touched. */
 struct ix_question {
 	pthread_mutex_t lock;
 	pthread_cond_t answered;
@@ -117,6 +117,8 @@ bool ix_still_wanted(struct ix_call *call);
 bool ix_question(struct ix_call *call, struct ix_ask *ask, const int *fds, int fd_count);
 void ix_serve_call(struct ix_listener *listener, struct ix_slot *slot, int turn, bool overloaded, bool recover);
 void ix_forget(struct ix_slot *slot);
+/* Slots from here on were never taken. What is not looked at takes no memory. */
+int ix_slots_used(void);
 /* receive.c */
 int ix_start_receiver(struct ix_listener *listener, int slot, bool recover);
 int ix_start_watchdog(void);
