@@ -87,6 +87,21 @@ def _fork(body: Any) -> int:
     return pid
 
 
+def _fork_with_pidfd(body: Any) -> tuple[int, int]:
+    """`_fork`; the child's PID and pidfd. A dead one keeps its number until that is open."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        pid = _fork(body)
+        pidfd = os.pidfd_open(pid)
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        # Whoever has died in between, this one or another: nobody waits for them from here on.
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+    return pid, pidfd
+
+
 def _start_welder() -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
@@ -316,8 +331,7 @@ class Keeper:
             send_parts(self.workshop.root, paths, keep)
             os._exit(0)
 
-        pid = _fork(body)
-        return self._child((pid, os.pidfd_open(pid)), fds)
+        return self._child(_fork_with_pidfd(body), fds)
 
     def _child(self, child: tuple[int, int], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         pid, pidfd = child
