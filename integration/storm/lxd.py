@@ -1,7 +1,7 @@
 """LXD's interception of mount(2), on a private daemon with one container, where the package is installed.
 
-LXD intercepts for containers of its own only, so it is asked through them. What both are asked for is the same call with
-the same answer: a new ext4 on no device, EPERM.
+LXD intercepts for containers of its own only, so it is asked through them. What both are asked for is the same call
+with the same answer: a new ext4 on no device, EPERM.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ class Lxd:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise InterceptorError(f"{' '.join(argv)}: no end after {COMMAND_SECONDS} s{self._log()}") from None
+            raise InterceptorError(
+                f"{' '.join(argv)}: no end after {COMMAND_SECONDS} s{self._log()}"
+            ) from None
         if done.returncode:
             raise InterceptorError(f"{' '.join(argv)}: {done.stderr.decode().strip()}{self._log()}")
         return done.stdout
@@ -167,7 +169,9 @@ def measure(program: Path, rounds: int) -> Beside:
         caller = Caller(container, "none")
         try:
             caller.run(DENIED_MOUNT, OUR_CALLS)
-            theirs, samples, ratios = [], [], []
+            theirs: list[float] = []
+            ratios: list[float] = []
+            samples: list[int] = []
             for _ in range(rounds):
                 ours = caller.run(DENIED_MOUNT, OUR_CALLS)["denied_mount"]
                 theirs.append(lxd.median_us())
