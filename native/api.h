@@ -258,8 +258,7 @@ struct ix_orphan {
 
 /* Latencies from receipt to reply in nanoseconds: eight buckets an octave from 256 ns. */
 struct ix_histogram {
-	uint64_t count;
-	uint64_t sum_ns;
+	uint64_t sum_ns;       /* 0: nothing was counted */
 	uint64_t buckets[168];
 };
 

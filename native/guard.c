@@ -117,7 +117,6 @@ static void record(enum ix_kind kind, enum ix_outcome outcome, uint64_t ns)
 	}
 	if (bucket >= IX_BUCKETS)
 		bucket = IX_BUCKETS - 1;
-	count(&h->count);
 	__atomic_add_fetch(&h->sum_ns, ns, __ATOMIC_RELAXED);
 	count(&h->buckets[bucket]);
 }

@@ -18,8 +18,8 @@ _COUNTS_AT: int = ffi.offsetof("struct ix_journal", "missed")
 _LATENCY_AT: int = ffi.offsetof("struct ix_journal", "latency")
 _TALLY_AT: int = ffi.offsetof("struct ix_journal", "versions")
 _SEEN_AT: int = ffi.offsetof("struct ix_journal", "seen")
-#: Words of a histogram: the count, the sum, the buckets.
-_WORDS = BUCKETS + 2
+#: Words of a histogram: the sum, the buckets.
+_WORDS = BUCKETS + 1
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Journal:
         for operation in OPERATIONS:
             for verdict in VERDICTS:
                 if rest[at]:
-                    buckets = rest[at + 2 : at + _WORDS].tolist()
-                    reading.calls[operation, verdict] = Histogram(rest[at + 1], buckets)
+                    buckets = rest[at + 1 : at + _WORDS].tolist()
+                    reading.calls[operation, verdict] = Histogram(rest[at], buckets)
                 at += _WORDS
         return reading
 
