@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import select
 import signal
 import socket
 import time
@@ -103,7 +102,7 @@ class Envoys:
     def _died(self, container: Container) -> None:
         assert container.envoy_pidfd is not None
         self._loop.remove_reader(container.envoy_pidfd.fileno())
-        if select.select([container.pidfd], [], [], 0)[0]:
+        if is_ready(container.pidfd):
             return  # with its container
         log = self._log.bind(container=container.cid, pid=container.envoy_pid)
         deaths = self._deaths.setdefault(container.cid, deque(maxlen=DEATHS_MAX))
