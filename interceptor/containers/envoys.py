@@ -20,7 +20,7 @@ from interceptor.containers.registry import Container
 from interceptor.containers.spec import mapped_ids
 from interceptor.errors import InterceptorError
 from interceptor.guards.keeper import Forked, Keeper
-from interceptor.kernel.fd import FdLike, OwnedFd
+from interceptor.kernel.fd import FdLike, OwnedFd, is_ready
 from interceptor.kernel.fd import fileno as number_of
 from interceptor.kernel.stat import statx
 from interceptor.observe.log import get_logger
