@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Iterator
 from time import monotonic
 
 from interceptor.errors import InterceptorError, NoDaemon, ProtocolError
@@ -26,21 +27,45 @@ def request(path: str, message: dict[str, object], timeout: float) -> object:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
         try:
             reply = _exchange(connection, path, line, monotonic() + timeout)
-        except TimeoutError:
-            raise InterceptorError(
-                f"{path}: the daemon has not answered within {timeout:g} s",
-                "look at its log: journalctl -u interceptor",
-            ) from None
-        except (FileNotFoundError, ConnectionRefusedError):
-            raise NoDaemon(
-                f"{path}: no daemon listens there",
-                "start it: systemctl start interceptor, or: interceptor serve",
-            ) from None
-        except PermissionError:
-            raise InterceptorError(f"{path}: only root may talk to the daemon", "use sudo") from None
         except OSError as error:
-            raise InterceptorError(f"{path}: {error.strerror}") from error
+            raise _explained(path, error, timeout) from error
     return _result(path, reply)
+
+
+def follow(path: str, message: dict[str, object], timeout: float) -> Iterator[dict[str, object]]:
+    """Send a request whose result is a stream; give its events as they come, until the daemon hangs up.
+
+    ``timeout`` is in seconds, until the daemon has begun. Raises what `request` raises.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
+        try:
+            connection.settimeout(timeout)
+            connection.connect(path)
+            connection.sendall(json.dumps(message).encode() + b"\n")
+            with connection.makefile("rb") as lines:
+                _result(path, lines.readline())
+                connection.settimeout(None)
+                for line in lines:
+                    yield json.loads(line)
+        except OSError as error:
+            raise _explained(path, error, timeout) from error
+
+
+def _explained(path: str, error: OSError, timeout: float) -> InterceptorError:
+    """What the kernel says, as an operator would."""
+    if isinstance(error, TimeoutError):
+        return InterceptorError(
+            f"{path}: the daemon has not answered within {timeout:g} s",
+            "look at its log: journalctl -u interceptor",
+        )
+    if isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
+        return NoDaemon(
+            f"{path}: no daemon listens there",
+            "start it: systemctl start interceptor, or: interceptor serve",
+        )
+    if isinstance(error, PermissionError):
+        return InterceptorError(f"{path}: only root may talk to the daemon", "use sudo")
+    return InterceptorError(f"{path}: {error.strerror}")
 
 
 def _exchange(connection: socket.socket, path: str, line: bytes, deadline: float) -> bytes:

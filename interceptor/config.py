@@ -55,6 +55,15 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     #: Count trapped calls for each systemd unit that makes them.
     account_units: _Flag = False
 
+    #: Where Prometheus may scrape: a socket's path, for root, or an address; nowhere if empty.
+    metrics: Annotated[
+        str,
+        Meta(
+            pattern=r"^(/[^\0]{1,106}|\[[0-9A-Fa-f:.]+\]:[0-9]{1,5}|[^\s/:\[\]]+:[0-9]{1,5})?$",
+            description='"" (off), an absolute path, or "HOST:PORT"',
+        ),
+    ] = ""
+
     #: Raise values of the host where the view's tables say so and a container asks for more.
     host_writes: _Flag = True
 

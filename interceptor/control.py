@@ -2,7 +2,8 @@
 
 A Unix stream socket, mode 0600, for root only. Each request is one JSON object on a line, with its operation under
 ``op``; each reply is one line, ``{"ok": true, "result": …}`` or ``{"ok": false, "error": "…", "hint": "…"}``. A line
-has at most `MESSAGE_MAX` bytes. A connection may carry several requests, which are answered in turn.
+has at most `MESSAGE_MAX` bytes. A connection may carry several requests, which are answered in turn; after one whose
+result is a `Stream` only that comes, an object a line, until the client hangs up.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
 
 import msgspec
 
@@ -19,11 +21,18 @@ from interceptor.errors import InterceptorError, ProtocolError
 from interceptor.observe.log import get_logger
 from interceptor.sockets import RootServer
 
-__all__ = ["MESSAGE_MAX", "Handler", "request", "start_control_server"]
+__all__ = ["MESSAGE_MAX", "Handler", "Stream", "request", "start_control_server"]
 
 #: Gets one request, returns what goes into ``result`` (anything msgspec can write as JSON). An `InterceptorError` is
 #: told to the client; any other exception is logged and told as an internal error.
 Handler = Callable[[dict[str, object]], Awaitable[object]]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A result without end."""
+
+    events: AsyncGenerator[dict[str, object], None]
 
 
 async def start_control_server(path: str, handler: Handler) -> RootServer:
@@ -57,15 +66,39 @@ async def _serve_requests(
         except asyncio.LimitOverrunError:
             await _send(writer, _refusal(ProtocolError(f"the request is longer than {MESSAGE_MAX} bytes")))
             return
-        await _send(writer, await _reply(line, handler))
+        reply = await _reply(line, handler)
+        if isinstance(reply, Stream):
+            await _stream(reader, writer, reply)
+            return
+        await _send(writer, reply)
 
 
-async def _reply(line: bytes, handler: Handler) -> bytes:
+async def _stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stream: Stream) -> None:
+    """Events as they come, until the client hangs up. Whoever makes them does not wait for the client."""
+
+    async def send() -> None:
+        await _send(writer, msgspec.json.encode({"ok": True, "result": "following"}))
+        async with contextlib.aclosing(stream.events) as events:
+            async for event in events:
+                await _send(writer, msgspec.json.encode(event))
+
+    sending = asyncio.ensure_future(send())
+    hung_up = asyncio.ensure_future(reader.read(1))
+    try:
+        await asyncio.wait((sending, hung_up), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (sending, hung_up):
+            task.cancel()
+        await asyncio.gather(sending, hung_up, return_exceptions=True)
+
+
+async def _reply(line: bytes, handler: Handler) -> bytes | Stream:
     op: object = None
     try:
         message = _decode(line)
         op = message["op"]
-        return msgspec.json.encode({"ok": True, "result": await handler(message)})
+        result = await handler(message)
+        return result if isinstance(result, Stream) else msgspec.json.encode({"ok": True, "result": result})
     except InterceptorError as error:
         return _refusal(error)
     except Exception:

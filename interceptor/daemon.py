@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -16,7 +18,7 @@ from interceptor import explain
 from interceptor.config import Config
 from interceptor.containers.prepared import Preparations
 from interceptor.containers.registry import Registry
-from interceptor.control import start_control_server
+from interceptor.control import Stream, start_control_server
 from interceptor.errors import InterceptorError, ProtocolError
 from interceptor.guards import keeper as keepers
 from interceptor.guards.keeper import Keeper
@@ -31,6 +33,9 @@ from interceptor.observe.log import get_logger
 from interceptor.oci.state import ContainerProcessState, State
 from interceptor.sockets import RootServer
 
+if TYPE_CHECKING:
+    from interceptor.exporter import Exporter
+
 
 def serve(config: Config) -> int:
     """Runs until SIGTERM or SIGINT; returns the exit status. Raises `InterceptorError` if it cannot start."""
@@ -38,6 +43,9 @@ def serve(config: Config) -> int:
     # Containers' roots have to find their root filesystems below it; everything else in it is for root only.
     os.chmod(config.runtime_dir, 0o711)
     os.makedirs(config.state_dir, 0o700, exist_ok=True)
+    # A dozen descriptors for each container; what it starts has as many.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     keeper, fresh = keepers.connect(config)
     # The workshop is the keeper's mount namespace; a successor joins the same one.
     setns(keeper.namespace, CLONE_NEWNS)
@@ -55,6 +63,7 @@ class Daemon:
         self._log = get_logger()
         self._prepared = Preparations(config)
         self._lifecycle: Lifecycle | None = None
+        self._exporter: Exporter | None = None
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -74,11 +83,14 @@ class Daemon:
                     self._config.seccomp_socket, self.listener_arrived, self._config.agent_timeout
                 )
             )
+            await self._export()
             self._log.info("ready", seccomp=self._config.seccomp_socket, control=self._config.control_socket)
             systemd.ready(f"guarding {len(self._registry)} containers")
             await stop.wait()
         finally:
             systemd.stopping()
+            if self._exporter is not None:
+                await self._exporter.close()
             for server in servers:
                 server.close()
             for server in servers:
@@ -91,6 +103,14 @@ class Daemon:
     def _life(self) -> Lifecycle:
         assert self._lifecycle is not None
         return self._lifecycle
+
+    async def _export(self) -> None:
+        if self._config.metrics:
+            # Here, so that only a daemon with metrics loads the client library.
+            from interceptor.exporter import Exporter
+
+            self._exporter = Exporter(self._life.watch)
+            await self._exporter.start(self._config.metrics)
 
     async def listener_arrived(self, state: ContainerProcessState, fd: int) -> None:
         """A runtime hands over a listener."""
@@ -127,6 +147,10 @@ class Daemon:
             return self._life.containers()
         if op == "stats":
             return self._life.stats(_text(request, "id"))
+        if op == "readings":
+            return self._life.watch.page(str(request.get("after", "")))
+        if op == "events":
+            return Stream(self._life.watch.follow())
         if op == "mounts":
             return self._life.mounts(_text(request, "id"))
         return self._about_mounts(op, request)

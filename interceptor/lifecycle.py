@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import select
 import time
 from collections import OrderedDict
 from typing import Any
@@ -18,21 +17,21 @@ from interceptor.containers.spec import Bundle, host_id_of_root, read_bundle
 from interceptor.errors import ContainerError, InterceptorError
 from interceptor.guards.journal import Journal
 from interceptor.guards.keeper import Forked, Keeper
-from interceptor.guards.link import Answer, Ask, Repeated, adopt
+from interceptor.guards.link import Answer, Ask, adopt
 from interceptor.guards.supervise import HangUps, Supervisor
 from interceptor.idshift.coherence import Coherence, Pair, open_pair
 from interceptor.kernel import mount, stat
-from interceptor.kernel.fd import OwnedFd
+from interceptor.kernel.fd import OwnedFd, is_ready
 from interceptor.kernel.namespaces import open_namespace, visiting
 from interceptor.kernel.process import pidfd_open
 from interceptor.mounts.composite import HARDENED, Composer, Material, Shields
 from interceptor.mounts.managed import VIEW_PROC, VIEW_SYS, make_plan
 from interceptor.mounts.weld import Bench, Janitor, Kept, Shelf, Welder
 from interceptor.observe.log import get_logger
-from interceptor.observe.units import unit_of
 from interceptor.oci.state import ContainerProcessState, State
 from interceptor.verdicts import Answerer
 from interceptor.view.client import ViewClient
+from interceptor.watch import Watch
 
 _GUARD_MODES = {"real": 0, "continue": 1, "random": 2}
 _VIEW_PATHS = [(b"proc", p) for p in VIEW_PROC] + [(b"sysfs", p) for p in VIEW_SYS]
@@ -59,6 +58,7 @@ class Lifecycle:
         self._composer = Composer(Shields(root), welder, bench)
         self._answerer = Answerer(self._composer, config.protect_immutable_unmounts, self._loop.call_soon)
         self._supervisors: dict[str, Supervisor] = {}
+        self.watch = Watch(self._supervisors)
         self._awaited: dict[str, asyncio.TimerHandle] = {}
         """Containers without a listener so far, by ID."""
         self._coherence = Coherence(self._loop)
@@ -111,6 +111,7 @@ class Lifecycle:
             raise ContainerError(f"process {state.pid} of container {state.id} is gone: {error}") from None
         self._registry.add(container)
         self._start_supervisor(container, Journal.create(container.cid))
+        self.watch.registered(container.cid)
         self._loop.add_reader(container.pidfd.fileno(), self.remove, container.cid, "its first process ended")
         self._envoys.watch(container)
         self._persist(container)
@@ -359,27 +360,13 @@ class Lifecycle:
             answer,
             container.listeners,
             lambda: self._persist(container),
-            lambda repeated: self._tell_of_storm(container, repeated),
+            lambda repeated: self.watch.repeated(container, repeated),
             lambda index: self._refuse(container, index),
             lambda: self._refuse_all(container),
         )
         self._supervisors[container.cid] = supervisor
+        self.watch.started(supervisor)
         return supervisor
-
-    def _tell_of_storm(self, container: Container, repeated: Repeated) -> None:
-        unit = unit_of(repeated.tid)
-        found = container.baseline.mounts.get(repeated.mnt_id)
-        self._log.warning(
-            "a call is repeated without effect",
-            container=container.cid,
-            op=repeated.op.name.lower(),
-            mount=repeated.mnt_id,
-            path=os.fsdecode(found.point) if found is not None else None,
-            calls=repeated.calls,
-            tid=repeated.tid,
-            unit=unit,
-            hint=f"it came with the container and stays: see why {unit} unmounts it, and have that end",
-        )
 
     # ---- what a successor needs --------------------------------------------------------------------------------
 
@@ -484,7 +471,9 @@ class Lifecycle:
         self._stop_awaiting(cid)
         for listener in container.listeners.values():
             self._hang_ups.forget(listener.fileno())
-        self._supervisors.pop(cid).stop()
+        supervisor = self._supervisors.pop(cid)
+        self.watch.gone(cid, supervisor, reason)
+        supervisor.stop()
         if container.envoy_pidfd is not None:
             self._envoys.end(cid, container.envoy_pidfd)
         self._coherence.remove(cid)
@@ -562,5 +551,5 @@ def _require_user_namespace(state: State, userns: OwnedFd) -> None:
 
 def _require_alive(pidfd: OwnedFd, state: State) -> None:
     """Afterwards everything that was opened by PID is known to be this process's."""
-    if select.select([pidfd], [], [], 0)[0]:
+    if is_ready(pidfd):
         raise ContainerError(f"process {state.pid} of container {state.id} ended while it was set up")

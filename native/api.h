@@ -101,6 +101,7 @@ enum ix_message {
 	IX_MSG_FLUSH = 4,      /* daemon: policy changed, forget cached verdicts */
 	IX_MSG_HELLO = 5,      /* daemon: a successor is here, ask again what is open */
 	IX_MSG_FACTS = 6,      /* daemon: struct ix_facts */
+	IX_MSG_FOLLOW = 7,     /* daemon: note calls in the journal (value 1), or stop that (0) */
 	IX_MSG_ASK = 64,       /* guard: struct ix_ask */
 	IX_MSG_READY = 65,     /* guard: the listener of index `value` is being served */
 	IX_MSG_REFUSED = 66,   /* guard: there is no room for it; nobody will serve it */
@@ -118,6 +119,23 @@ enum ix_op {
 	IX_OP_NEW = 5          /* descriptors: mount namespace, PID namespace, network namespace */
 };
 
+/* What a trapped call is to those who count. */
+enum ix_kind {
+	IX_KIND_OTHER = 0,
+	IX_KIND_MOUNT = 1,     /* a new filesystem by mount(2) */
+	IX_KIND_BIND = 2,
+	IX_KIND_REMOUNT = 3,
+	IX_KIND_PROPAGATION = 4,
+	IX_KIND_MOVE = 5,
+	IX_KIND_UMOUNT = 6,
+	IX_KIND_DETACH = 7,    /* umount2 with MNT_DETACH */
+	IX_KIND_FSOPEN = 8,
+	IX_KIND_FSMOUNT = 9,
+	IX_KIND_OPEN_TREE = 10,
+	IX_KIND_MOVE_MOUNT = 11,
+	IX_KIND_OPENAT2 = 12
+};
+
 enum ix_act {
 	IX_ACT_CONTINUE = 0,   /* the kernel runs the call */
 	IX_ACT_ERROR = 1,      /* the call fails with `error` */
@@ -128,7 +146,8 @@ enum ix_act {
 	IX_ACT_FLAGS = 5       /* carry the read-only flag over to the welded mounts `ids`, then the kernel runs the call */
 };
 
-enum { IX_MAX_IDS = 64, IX_SOURCE_MAX = 64, IX_SLOTS = 256, IX_ORPHANS = 64, IX_UNITS = 64, IX_BUCKETS = 168 };
+enum { IX_MAX_IDS = 64, IX_SOURCE_MAX = 64, IX_SLOTS = 256, IX_ORPHANS = 64, IX_UNITS = 64, IX_BUCKETS = 168,
+	IX_KINDS = 13, IX_SEEN = 64 };
 
 /* A call that has been repeated without effect, more than a hundred times a second; at most one message in ten. */
 struct ix_storm {
@@ -239,7 +258,7 @@ struct ix_orphan {
 
 /* Latencies from receipt to reply in nanoseconds: eight buckets an octave from 256 ns. */
 struct ix_histogram {
-	uint64_t count;
+	uint64_t sum_ns;       /* 0: nothing was counted */
 	uint64_t buckets[168];
 };
 
@@ -248,6 +267,26 @@ struct ix_unit {
 	uint64_t umounts;
 };
 
+/*
+ * Calls of one thread that are alike, while somebody follows. `done` and `begun` are equal but while the row is
+ * written; a row is another one when they have changed. The reader goes from the first to the last.
+ */
+struct ix_seen {
+	uint64_t done;
+	uint64_t count;
+	uint64_t last_ns;      /* CLOCK_MONOTONIC */
+	int32_t tid;
+	uint32_t kind;
+	uint32_t verdict;      /* 0 continued, 1 denied, 2 handled */
+	int32_t error;         /* a positive errno, or 0 */
+	char path[256];        /* as the caller gave it, cut off at the end */
+	char unit[56];
+	char comm[16];
+	char reason[64];
+	uint64_t begun;
+};
+
+/* What is added goes to the end: guards outlive the daemon that is upgraded. */
 struct ix_journal {
 	uint64_t magic;
 	uint64_t asked;
@@ -255,10 +294,17 @@ struct ix_journal {
 	uint64_t overloaded;   /* calls let through unexamined because every receiver was stuck */
 	uint64_t lost;         /* replies whose caller was gone */
 	uint64_t orphaned;
-	struct ix_histogram latency[3];  /* continued, denied, handled */
+	uint64_t former[507];
 	struct ix_unit units[64];
 	struct ix_orphan orphans[64];
 	struct ix_slot slots[256];
+	uint64_t missed;       /* verdicts that the cache did not have */
+	uint64_t waiting;      /* questions that the daemon has not answered yet */
+	uint64_t slots_used;   /* no slot from here on was ever taken */
+	struct ix_histogram latency[13][3];  /* by enum ix_kind; continued, denied, handled */
+	uint64_t versions;     /* of rows of `seen` */
+	uint64_t noted;        /* calls that were counted there */
+	struct ix_seen seen[64];
 };
 
 /* ---- spawn.c: what a freshly forked process becomes -------------------------------------------------------- */
@@ -277,6 +323,21 @@ void ix_become_guard(int userns_fd, int proc_fd, int link_fd, int journal_fd, co
 /* ns_fds: user, network, IPC and UTS namespace. pidfd: of a process with whose end the envoy ends, whoever else is
  * left; -1: none. */
 void ix_become_envoy(const int *ns_fds, int ns_count, int sock, int proc_fd, int sys_fd, int pidfd);
+
+/* ---- nursery.c --------------------------------------------------------------------------------------------- */
+
+enum { IX_BIRTH_GUARD = 1, IX_BIRTH_ENVOY = 2 };
+
+/* An order to fork. Descriptors beside it: of a guard user namespace, link, journal; of an envoy socket, bare procfs and
+ * sysfs, pidfd, user namespace, further namespaces. The answer is a PID with its pidfd, or a negative errno. */
+struct ix_birth {
+	uint32_t kind;
+	uint32_t spare;
+	struct ix_guard_config config;
+};
+
+/* Serves orders on `sock` until its other end is closed; children get `proc`, the host's. */
+int ix_nursery(int sock, int proc);
 
 /* ---- resolve.c, for tests: a path as thread `tid` would resolve it; returns an O_PATH descriptor ------------ */
 int ix_resolve(int proc_fd, int tid, int dirfd, const char *path, int follow);

@@ -100,15 +100,22 @@ static void unit_of(const char *cgroups, char name[sizeof(((struct ix_unit *)0)-
 	name[length] = '\0';
 }
 
-/* Counts the call for the caller's unit. Off unless configured: it costs an open and a read a call. */
-void ix_account(const struct ix_call *call)
+/* The unit of a thread: an open and a read. */
+void ix_unit_of(int tid, char name[sizeof(((struct ix_unit *)0)->name)])
 {
-	char text[4096], name[sizeof(((struct ix_unit *)0)->name)];
-	struct ix_unit *units = ix_guard_state.journal->units;
-	cleanup_close int fd = ix_open_caller(ix_guard_state.proc, call->tid, "cgroup", O_RDONLY);
+	char text[4096];
+	cleanup_close int fd = ix_open_caller(ix_guard_state.proc, tid, "cgroup", O_RDONLY);
 	ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
 	text[n < 0 ? 0 : n] = '\0';
 	unit_of(text, name);
+}
+
+/* Counts the call for the caller's unit. Off unless configured. */
+void ix_account(const struct ix_call *call)
+{
+	char name[sizeof(((struct ix_unit *)0)->name)];
+	struct ix_unit *units = ix_guard_state.journal->units;
+	ix_unit_of(call->tid, name);
 	pthread_mutex_lock(&ix_guard_state.stats_lock);
 	for (int i = 0; i < IX_UNITS; i++) {
 		if (units[i].name[0] == '\0')

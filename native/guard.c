@@ -17,6 +17,12 @@ static struct ix_slot *slot_at(int i)
 	return &ix_guard_state.journal->slots[i];
 }
 
+int ix_slots_used(void)
+{
+	uint64_t used = __atomic_load_n(&ix_guard_state.journal->slots_used, __ATOMIC_ACQUIRE);
+	return used < IX_SLOTS ? (int)used : IX_SLOTS;
+}
+
 static struct seccomp_notif *notif_of(struct ix_slot *slot)
 {
 	return (struct seccomp_notif *)(void *)slot->notif;
@@ -38,7 +44,7 @@ static bool earlier(struct ix_slot *a, struct ix_slot *b)
 
 static bool has_earlier(struct ix_slot *slot)
 {
-	for (int i = 0; i < IX_SLOTS; i++)
+	for (int i = 0; i < ix_slots_used(); i++)
 		if (earlier(slot_at(i), slot))
 			return true;
 	return false;
@@ -83,7 +89,7 @@ bool ix_still_wanted(struct ix_call *call)
 		return false;
 	bool wanted = false;
 	pthread_mutex_lock(&g->turn_lock);
-	for (int i = 0; i < IX_SLOTS && !wanted; i++) {
+	for (int i = 0; i < ix_slots_used() && !wanted; i++) {
 		const struct seccomp_notif *again = notif_of(slot_at(i));
 		uint64_t id = again->id;
 		/* Equal in everything: architecture, number, arguments, and the instruction it comes from. */
@@ -101,9 +107,9 @@ static void count(uint64_t *counter)
 }
 
 /* Eight buckets an octave from 256 ns on; interceptor/guards/journal.py reads them back. */
-static void record(enum ix_outcome outcome, uint64_t ns)
+static void record(enum ix_kind kind, enum ix_outcome outcome, uint64_t ns)
 {
-	struct ix_histogram *h = &ix_guard_state.journal->latency[outcome];
+	struct ix_histogram *h = &ix_guard_state.journal->latency[kind][outcome];
 	unsigned int bucket = 0;
 	if (ns >= 256) {
 		unsigned int octave = 63 - (unsigned int)__builtin_clzll(ns);
@@ -111,7 +117,7 @@ static void record(enum ix_outcome outcome, uint64_t ns)
 	}
 	if (bucket >= IX_BUCKETS)
 		bucket = IX_BUCKETS - 1;
-	count(&h->count);
+	__atomic_add_fetch(&h->sum_ns, ns, __ATOMIC_RELAXED);
 	count(&h->buckets[bucket]);
 }
 
@@ -134,6 +140,7 @@ bool ix_question(struct ix_call *call, struct ix_ask *ask, const int *fds, int f
 		deadline.tv_nsec -= 1000000000;
 	}
 	count(&ix_guard_state.journal->asked);
+	count(&ix_guard_state.journal->waiting);
 	pthread_mutex_lock(&q->lock);
 	uint64_t turn = atomic_fetch_add(&ix_guard_state.next_seq, 1);
 	ask->seq = turn * IX_SLOTS + (uint64_t)(q - ix_guard_state.questions);
@@ -149,11 +156,12 @@ bool ix_question(struct ix_call *call, struct ix_ask *ask, const int *fds, int f
 	/* Somebody else receives meanwhile; after the daemon was woken, since that is the longer way. */
 	ix_step_down(call);
 	pthread_mutex_lock(&q->lock);
-	while (!q->done && pthread_cond_timedwait(&q->answered, &q->lock, &deadline) == 0)
+	while (!q->done && pthread_cond_clockwait(&q->answered, &q->lock, CLOCK_MONOTONIC, &deadline) == 0)
 		;
 	bool answered = q->done;
 	q->seq = 0;
 	pthread_mutex_unlock(&q->lock);
+	__atomic_sub_fetch(&ix_guard_state.journal->waiting, 1, __ATOMIC_RELAXED);
 	return answered;
 }
 
@@ -368,6 +376,7 @@ void ix_serve_call(struct ix_listener *listener, struct ix_slot *slot, int turn,
 	const struct seccomp_notif *n = notif_of(slot);
 	call.slot = slot;
 	call.question = &ix_guard_state.questions[slot - ix_guard_state.journal->slots];
+	call.question->answer_fd = -1;
 	call.listener = listener;
 	call.turn = turn;
 	call.tid = (int)n->pid;
@@ -375,7 +384,8 @@ void ix_serve_call(struct ix_listener *listener, struct ix_slot *slot, int turn,
 	memcpy(call.args, n->data.args, sizeof(call.args));
 	call.mntns = call.target = -1;
 	memset(&call.context, 0, sizeof(call.context));
-	call.path[0] = '\0';
+	call.kind = IX_KIND_OTHER;
+	call.path[0] = call.text[0] = '\0';
 	uint64_t start = now_ns();
 	slot->since_ns = start;
 	struct ix_reply reply = overloaded ? ix_let_kernel_run("every receiver is stuck: the welds hold")
@@ -386,26 +396,13 @@ void ix_serve_call(struct ix_listener *listener, struct ix_slot *slot, int turn,
 	ix_close_fd(&call.question->answer_fd);
 	call.question->answer_fd = -1;
 	atomic_fetch_sub(&listener->serving, 1);
+	/* Before the reply: afterwards the caller may be gone, and its unit with it. */
+	ix_tally(&call, &reply);
 	send_reply(&call, &reply);
-	record(reply.outcome, now_ns() - start);
+	record(call.kind, reply.outcome, now_ns() - start);
 	if (overloaded)
 		count(&ix_guard_state.journal->overloaded);
 	end_call(slot);
-}
-
-static void prepare_questions(void)
-{
-	pthread_condattr_t attr;
-	pthread_condattr_init(&attr);
-	pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
-	for (int i = 0; i < IX_SLOTS; i++) {
-		ix_guard_state.questions[i].answer_fd = -1;
-		pthread_mutex_init(&ix_guard_state.questions[i].lock, NULL);
-		pthread_cond_init(&ix_guard_state.questions[i].answered, &attr);
-	}
-	pthread_condattr_destroy(&attr);
-	for (int i = 0; i < IX_LISTENERS; i++)
-		ix_guard_state.listeners[i].fd = -1;
 }
 
 int ix_guard(int link_fd, int journal_fd, int proc_fd, const struct ix_guard_config *config)
@@ -419,13 +416,14 @@ int ix_guard(int link_fd, int journal_fd, int proc_fd, const struct ix_guard_con
 	if (g->home < 0 || g->journal == MAP_FAILED)
 		return -1;
 	close(journal_fd);
+	/* Those that a predecessor waited for. */
+	__atomic_store_n(&g->journal->waiting, 0, __ATOMIC_RELAXED);
 	pthread_mutex_init(&g->cache_lock, NULL);
 	pthread_mutex_init(&g->stats_lock, NULL);
 	pthread_mutex_init(&g->turn_lock, NULL);
 	pthread_mutex_init(&g->orphan_lock, NULL);
 	pthread_cond_init(&g->turn_over, NULL);
 	atomic_store(&g->next_seq, now_ns() >> 16);
-	prepare_questions();
 	if (ix_start_watchdog() < 0)
 		return -1;
 	srandom((unsigned int)now_ns());

@@ -21,7 +21,7 @@ struct ix_listener {
 	atomic_int dropped;
 };
 
-/* A question on its way to the daemon; one a slot. */
+/* A question on its way to the daemon; one a slot. All zero is a closed one: those of slots never taken are not touched. */
 struct ix_question {
 	pthread_mutex_t lock;
 	pthread_cond_t answered;
@@ -50,6 +50,7 @@ struct ix_guard_state {
 	atomic_uchar slot_taken[IX_SLOTS];
 	struct ix_repetition repetitions[IX_REPETITIONS];
 	atomic_int watching;           /* the watchdog is awake */
+	atomic_int followed;           /* somebody wants to know of every call */
 	atomic_uint_fast64_t next_seq;
 	struct ix_facts facts;         /* under cache_lock */
 	pthread_mutex_t cache_lock;
@@ -69,6 +70,7 @@ struct ix_call {
 	struct ix_question *question;
 	struct ix_listener *listener;
 	int turn;                      /* of the listener, while this thread leads; else 0 */
+	enum ix_kind kind;
 	int tid;
 	uint64_t id;
 	uint64_t args[6];
@@ -115,6 +117,8 @@ bool ix_still_wanted(struct ix_call *call);
 bool ix_question(struct ix_call *call, struct ix_ask *ask, const int *fds, int fd_count);
 void ix_serve_call(struct ix_listener *listener, struct ix_slot *slot, int turn, bool overloaded, bool recover);
 void ix_forget(struct ix_slot *slot);
+/* Slots from here on were never taken. What is not looked at takes no memory. */
+int ix_slots_used(void);
 /* receive.c */
 int ix_start_receiver(struct ix_listener *listener, int slot, bool recover);
 int ix_start_watchdog(void);
@@ -150,6 +154,8 @@ bool ix_goes_whole(uint64_t mnt_id, uint64_t namespace_id, bool lazily);
 int ix_read_options(int tid, uint64_t address, char out[PATH_MAX]);
 bool ix_parse_options(const char *data, struct ix_ask *ask);
 void ix_name_source(const char *source, struct ix_ask *ask);
+/* tally.c */
+void ix_tally(const struct ix_call *call, const struct ix_reply *reply);
 /* storms.c */
 void ix_count_repetition(const struct ix_call *call, enum ix_op op, uint64_t mnt_id);
 /* newapi.c */
@@ -179,6 +185,7 @@ bool ix_caller_rules(const struct ix_call *call, int ns_fd);
 bool ix_caller_is_nested(const struct ix_call *call);
 struct ix_context ix_context_of(int tid);
 bool ix_same_context(const struct ix_context *a, const struct ix_context *b);
+void ix_unit_of(int tid, char name[sizeof(((struct ix_unit *)0)->name)]);
 void ix_account(const struct ix_call *call);
 /* resolve.c */
 int ix_top_of(int directory);

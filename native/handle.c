@@ -173,6 +173,7 @@ struct ix_reply ix_decide(struct ix_call *call, enum ix_op op, int fd, const str
 		ix_count_repetition(call, op, st->mnt_id);
 		return ix_caller_has_cap(call->tid, CAP_SYS_ADMIN) ? ix_deny(error) : ix_let_kernel_run("EPERM is the kernel's");
 	}
+	__atomic_add_fetch(&ix_guard_state.journal->missed, 1, __ATOMIC_RELAXED);
 	struct ix_request request = {.op = op, .mnt_id = st->mnt_id, .flags = flags, .foreign = !ix_is_ours(call, fd, st)};
 	if (request.foreign) {
 		/* Lazily, it takes along what is below, and that may have peers among the originals. */
@@ -234,6 +235,7 @@ static bool not_theirs_to_force(struct ix_call *call)
 
 static struct ix_reply handle_umount(struct ix_call *call, uint64_t flags)
 {
+	call->kind = flags & MNT_DETACH ? IX_KIND_DETACH : IX_KIND_UMOUNT;
 	if (flags & ~(uint64_t)(MNT_FORCE | MNT_DETACH | MNT_EXPIRE | UMOUNT_NOFOLLOW))
 		return ix_let_kernel_run("flags that the kernel refuses");
 	if (flags & MNT_EXPIRE)
@@ -357,12 +359,24 @@ static struct ix_reply handle_new(struct ix_call *call, uint64_t flags)
 /* MS_NOUSER is a negative number in the kernel, and in a register of 64 bits refuses all of these. */
 static const uint64_t REFUSED = ~(uint64_t)0x7fffffff;
 
+static enum ix_kind kind_of(uint64_t flags)
+{
+	if (flags & MS_REMOUNT)
+		return IX_KIND_REMOUNT;
+	if (flags & MS_BIND)
+		return IX_KIND_BIND;
+	if (flags & (MS_SHARED | MS_PRIVATE | MS_SLAVE | MS_UNBINDABLE))
+		return IX_KIND_PROPAGATION;
+	return flags & MS_MOVE ? IX_KIND_MOVE : IX_KIND_MOUNT;
+}
+
 /* The order in which path_mount() of fs/namespace.c looks at the flags decides what a call means. */
 static struct ix_reply handle_mount(struct ix_call *call)
 {
 	uint64_t flags = call->args[3];
 	if ((flags & MS_MGC_MSK) == MS_MGC_VAL)
 		flags &= ~MS_MGC_MSK;
+	call->kind = kind_of(flags);
 	if (flags & REFUSED)
 		return ix_let_kernel_run("flags that the kernel refuses");
 	if ((flags & (MS_REMOUNT | MS_BIND | MS_REC)) == (MS_BIND | MS_REC))
@@ -382,7 +396,8 @@ static struct ix_reply handle_mount(struct ix_call *call)
 
 struct ix_reply ix_handle(struct ix_call *call, uint32_t arch, int nr)
 {
-	switch (family_of(arch, nr)) {
+	enum family family = family_of(arch, nr);
+	switch (family) {
 	case FAMILY_MOUNT:
 		return handle_mount(call);
 	case FAMILY_UMOUNT:
@@ -390,16 +405,20 @@ struct ix_reply ix_handle(struct ix_call *call, uint32_t arch, int nr)
 	case FAMILY_UMOUNT_OLD:
 		return handle_umount(call, 0);
 	case FAMILY_FSOPEN:
+		call->kind = IX_KIND_FSOPEN;
 		return ix_handle_fsopen(call);
 	case FAMILY_FSMOUNT:
+		call->kind = IX_KIND_FSMOUNT;
 		return ix_handle_fsmount(call);
 	case FAMILY_OPEN_TREE:
-		return ix_handle_open_tree(call, false);
 	case FAMILY_OPEN_TREE_ATTR:
-		return ix_handle_open_tree(call, true);
+		call->kind = IX_KIND_OPEN_TREE;
+		return ix_handle_open_tree(call, family == FAMILY_OPEN_TREE_ATTR);
 	case FAMILY_MOVE_MOUNT:
+		call->kind = IX_KIND_MOVE_MOUNT;
 		return ix_handle_move_mount(call);
 	case FAMILY_OPENAT2:
+		call->kind = IX_KIND_OPENAT2;
 		return ix_handle_openat2(call);
 	case FAMILY_UNKNOWN:
 		break;

@@ -87,7 +87,7 @@ static void take_answer(const struct ix_answer *answer, int *fd)
 /* A new daemon does not know what its predecessor was asked. */
 static void ask_again(void)
 {
-	for (int i = 0; i < IX_SLOTS; i++) {
+	for (int i = 0; i < ix_slots_used(); i++) {
 		struct ix_question *q = &ix_guard_state.questions[i];
 		pthread_mutex_lock(&q->lock);
 		if (q->seq != 0 && !q->done)
@@ -126,7 +126,7 @@ static bool take_listener(uint32_t index, int *fd)
 	/* Six times faster where the kernel has it (6.6+). */
 	ioctl(l->fd, SECCOMP_IOCTL_NOTIF_SET_FLAGS, SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP);
 	/* What a predecessor had received and not answered comes first. */
-	for (int slot = 0; slot < IX_SLOTS; slot++) {
+	for (int slot = 0; slot < ix_slots_used(); slot++) {
 		const struct seccomp_notif *n = (const void *)g->journal->slots[slot].notif;
 		if (n->id != 0 && g->journal->slots[slot].listener == index && !atomic_exchange(&g->slot_taken[slot], 1))
 			ix_start_receiver(l, slot, true);
@@ -175,6 +175,8 @@ int ix_link_serve(void)
 			drop_listener(m.note.value);
 		else if (n == sizeof(m.note) && m.type == IX_MSG_FLUSH)
 			ix_cache_flush();
+		else if (n == sizeof(m.note) && m.type == IX_MSG_FOLLOW)
+			atomic_store(&ix_guard_state.followed, m.note.value != 0);
 		else if (n == sizeof(m.note) && m.type == IX_MSG_HELLO)
 			ask_again();
 		ix_close_fd(&fd);

@@ -226,9 +226,17 @@ static void *receiver_main(void *argument)
 static int take_slot(void)
 {
 	for (int i = 0; i < IX_SLOTS; i++) {
-		const struct seccomp_notif *n = (const void *)ix_guard_state.journal->slots[i].notif;
-		if (n->id == 0 && !atomic_exchange(&ix_guard_state.slot_taken[i], 1))
+		struct ix_journal *journal = ix_guard_state.journal;
+		if (atomic_exchange(&ix_guard_state.slot_taken[i], 1))
+			continue;
+		uint64_t used = __atomic_load_n(&journal->slots_used, __ATOMIC_ACQUIRE);
+		while (used <= (uint64_t)i && !__atomic_compare_exchange_n(&journal->slots_used, &used, (uint64_t)i + 1, false,
+									   __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
+			;
+		const struct seccomp_notif *n = (const void *)journal->slots[i].notif;
+		if (n->id == 0)
 			return i;
+		atomic_store(&ix_guard_state.slot_taken[i], 0);
 	}
 	return -EAGAIN;
 }

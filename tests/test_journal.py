@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from interceptor._native import ffi
-from interceptor.guards.journal import Journal, bucket_limit_us, percentile
+from interceptor.guards.journal import Journal
+from interceptor.observe.latency import bucket_limit_us, percentile
 
 
 def bucket_of(ns: int) -> int:

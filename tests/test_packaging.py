@@ -73,7 +73,7 @@ def test_wheel_has_every_module_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     package = {str(path.relative_to(ROOT)) for path in files() if path.is_relative_to(ROOT / "interceptor")}
-    modules = {name for name in package if name.endswith((".py", ".pyi", "py.typed", ".service"))}
+    modules = {name for name in package if name.endswith((".py", ".pyi", "py.typed", ".service", ".json"))}
     assert modules <= names
     others = {name.partition(".data/")[2] or name for name in names - package}
     assert others == {"interceptor/_native.abi3.so", "scripts/interceptor-runc"}
@@ -131,7 +131,7 @@ def test_every_dependency_has_a_range_and_a_reason() -> None:
 
 
 def test_dependencies_are_all_used() -> None:
-    modules = {"python-prctl": "prctl"}
+    modules = {"python-prctl": "prctl", "prometheus-client": "prometheus_client"}
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     sources = "\n".join(
         path.read_text() for path in files() if path.suffix == ".py" and "tests" not in path.parts

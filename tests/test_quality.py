@@ -34,8 +34,8 @@ LAYERS = (
     ("observe", "idshift"),
     ("guards", "mounts", "oci", "sockets", "view"),
     ("containers", "control", "notify", "spawn"),
-    ("verdicts",),
-    ("explain",),
+    ("verdicts", "watch"),
+    ("explain", "exporter"),
     ("lifecycle",),
     ("daemon", "library"),
     ("cli",),
@@ -48,6 +48,7 @@ NATIVE_USERS = {"kernel", "guards"}
 #: Data in, decision out: modules that make no system call and know nobody who does.
 PURE = {
     *("interceptor.mounts.explain", "interceptor.mounts.lineage", "interceptor.mounts.policy"),
+    *("interceptor.observe.exposition", "interceptor.observe.feed", "interceptor.observe.latency"),
     *("interceptor.idshift.choose", "interceptor.idshift.overlay", "interceptor.idshift.subid"),
     *("interceptor.idshift.changes", "interceptor.idshift.owners"),
     *(

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from integration.storm import agents, baseline, contestants, figures, workloads
+from integration.storm import agents, baseline, contestants, figures, lxd, workloads
 from integration.storm.contestants import Caller, arena, compiled
 from integration.storm.figures import COMPARISONS, Comparison, Percentiles
+from integration.storm.sleepers import OURS_KB, QUICK_CONTAINERS, Sleepers, sleepers
 from integration.storm.workloads import Workload
 from interceptor.errors import InterceptorError
 from interceptor.library import Interceptor
 from interceptor.spawn.create import spawn
 
 ROOT = Path(__file__).resolve().parent.parent
+LONG = os.environ.get("INTERCEPTOR_LONG") == "1"
 
 
 # ---- figures -----------------------------------------------------------------------------------------------
@@ -103,7 +106,12 @@ def test_a_quick_run_has_every_figure(tmp_path: Path) -> None:
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr.decode()
     found = json.loads(file.read_text())
-    of_many = {"worker_p99_beside_storm", "denied_vs_lxd"}
+    of_many = {
+        *("worker_p99_beside_storm", "denied_vs_lxd"),
+        *("last_registration_vs_first", "memory_beside_guards_vs_150_mb"),
+    }
+    assert found["sleepers"]["containers"] == QUICK_CONTAINERS
+    assert found["sleepers"]["ours_kb"] > found["sleepers"]["envoys_kb"] > 0
     assert found["ratios"].keys() == COMPARISONS.keys() | of_many
     assert [c["containers"] for c in found["crowds"]] == [1, 2]
     assert all(c["guard_private_kb"] > 0 and c["registration_us"] > 0 for c in found["crowds"])
@@ -172,3 +180,42 @@ def test_another_agent_answers_the_same_calls() -> None:
 def test_an_agent_that_serves_no_socket_is_told_of() -> None:
     with pytest.raises(InterceptorError, match="no agent at"), agents.running("true {socket}"):
         pytest.fail("it runs")
+
+
+# ---- many containers, and LXD ---------------------------------------------------------------------------------
+
+
+def asleep(**figures: float) -> Sleepers:
+    found: dict[str, float] = dict.fromkeys(Sleepers.__dataclass_fields__, 1)
+    return Sleepers(**{**found, **figures})  # type: ignore[arg-type]
+
+
+def test_sleepers_are_held_against_their_bars() -> None:
+    assert asleep(ours_kb=OURS_KB, first_cpu_us=100, last_cpu_us=109).memory.holds is True
+    assert asleep(ours_kb=OURS_KB + 1).memory.holds is False
+    assert asleep(first_cpu_us=100, last_cpu_us=109).slower.holds is True
+    assert asleep(first_cpu_us=100, last_cpu_us=111).slower.holds is False
+
+
+@pytest.mark.root
+@pytest.mark.slow
+def test_many_containers_that_sleep_take_little_memory_and_no_time() -> None:
+    """A thousand, which take five minutes, with INTERCEPTOR_LONG=1."""
+    found = sleepers() if LONG else sleepers(40, idle_seconds=2.0)
+    assert found.memory.holds, found
+    assert found.envoys_kb <= 60 * found.containers, found
+    assert found.guard_kb <= 500, found
+    assert found.idle_wake_ups == 0, found
+
+
+if LONG:
+
+    @pytest.mark.root
+    @pytest.mark.slow
+    def test_lxd_is_measured_on_the_same_call() -> None:
+        """integration/check --long installs it."""
+        assert lxd.installed()
+        with compiled() as program:
+            found = lxd.measure(program, 3)
+        assert found.ratio.value > 1
+        assert len(found.theirs) == 3

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import platform
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +16,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from integration.storm import agents, baseline, figures, view
+from integration.storm import agents, baseline, figures, lxd, sleepers, view
 from integration.storm.contestants import arena, compiled
 from integration.storm.crowd import IDLE_SECONDS, Crowd, Storm, crowd, storm
 from integration.storm.figures import FEW, MANY, SIZES, Key, Percentiles, Ratio
+from integration.storm.lxd import Beside
 from integration.storm.rounds import Samples, play
+from integration.storm.sleepers import Sleepers
 from integration.storm.workloads import ALL
 from interceptor.errors import InterceptorError
 from interceptor.library import Interceptor
@@ -55,6 +58,9 @@ class Run:
     samples: Samples
     crowds: list[Crowd]
     storm: Storm | None
+    sleepers: Sleepers | None = None
+    lxd: Beside | None = None
+    """None where LXD is not installed, and in a quick run."""
 
     def ratios(self) -> dict[str, Ratio]:
         """Those of single calls, and those of many containers."""
@@ -66,6 +72,11 @@ class Run:
         if self.storm:
             value = self.storm.p99_ratio
             found["worker_p99_beside_storm"] = Ratio(value, value, value, 2.0)
+        if self.sleepers:
+            found["last_registration_vs_first"] = self.sleepers.slower
+            found["memory_beside_guards_vs_150_mb"] = self.sleepers.memory
+        if self.lxd:
+            found["denied_vs_lxd"] = self.lxd.ratio
         return found
 
 
@@ -95,7 +106,17 @@ def measure(options: argparse.Namespace, console: Console) -> Run:
             idle = QUICK_IDLE_SECONDS if options.quick else IDLE_SECONDS
             crowds.append(crowd(program, containers, idle_seconds=idle))
         status.update("a storm")
-        return Run(samples, crowds, storm(program, rounds))
+        stormed = storm(program, rounds)
+        status.update("containers that sleep")
+        asleep = sleepers.sleepers(
+            sleepers.QUICK_CONTAINERS if options.quick else sleepers.CONTAINERS,
+            QUICK_IDLE_SECONDS if options.quick else IDLE_SECONDS,
+        )
+        beside = None
+        if lxd.installed() and not options.quick:
+            status.update("LXD")
+            beside = lxd.measure(program, rounds)
+        return Run(samples, crowds, stormed, asleep, beside)
 
 
 def times_table(us: dict[Key, Percentiles]) -> Table:
@@ -162,13 +183,14 @@ def as_json(run: Run) -> dict[str, object]:
     return {
         "machine": {"kernel": platform.release(), "arch": platform.machine(), "cpus": os.cpu_count()},
         "noise": round(max(figures.noise(rounds) for rounds in samples.values()), 3),
-        # LXD answers for containers of its own only; this command measures what serves an agent's socket (--peer).
-        "ratios": {name: round(r.value, 3) for name, r in ratios.items()} | {"denied_vs_lxd": None},
+        "ratios": {"denied_vs_lxd": None} | {name: round(r.value, 3) for name, r in ratios.items()},
         "spread": {name: [round(r.low, 3), round(r.high, 3)] for name, r in ratios.items()},
         "bars": {name: r.bar for name, r in ratios.items() if r.bar is not None},
         "us": us,
         "crowds": [c.as_json() for c in run.crowds],
         "storm": run.storm.as_json() if run.storm else None,
+        "sleepers": run.sleepers.as_json() if run.sleepers else None,
+        "lxd": run.lxd.as_json() if run.lxd else None,
         "samples_ns": raw,
     }
 
@@ -191,6 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     if given[:1] == ["view"]:
         return view.main(given[1:])
+    if given[:1] == ["sleepers"]:
+        return sleepers.main(given[1:])
     options = parse(given)
     console = Console()
     if os.geteuid() != 0:
@@ -205,7 +229,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(times_table(us))
     if run.crowds:
         console.print(crowds_table(run.crowds))
+    if run.sleepers:
+        console.print(sleepers.table(run.sleepers))
     console.print(ratios_table(run.ratios()))
+    if run.lxd:
+        theirs = statistics.median(run.lxd.theirs)
+        console.print(
+            f"A denied mount: LXD {theirs:.0f} µs, this project {run.lxd.ours.p50:.1f} µs (medians)."
+        )
+    elif not lxd.installed():
+        console.print("LXD is not installed and was not measured: apt-get install lxd.")
     facts = as_json(run)
     console.print(f"Noise: medians of rounds differ by up to {facts['noise']:.0%} (interquartile range).")
     if run.storm:

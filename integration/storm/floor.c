@@ -54,7 +54,7 @@ static const char *const mode_names[] = {"none", "answer", "resolve", "continue"
 struct options {
 	enum mode mode;
 	unsigned int count;
-	const char *path;
+	const char *path, *call;       /* call: NULL, or one to make in the place of an umount of path */
 	int sock;                      /* -1: run once and print */
 	int sync_wake_up;
 };
@@ -170,6 +170,10 @@ static int run_once(const struct options *options)
 	plan = (struct plan){.count = options->count, .steps = 1};
 	plan.step[0] = (struct step){.call = CALL_UMOUNT2, .expected = EINVAL};
 	snprintf(plan.step[0].target, sizeof(plan.step[0].target), "%s", options->path);
+	if (options->call && !parse_step(options->call, &plan.step[0])) {
+		fprintf(stderr, "floor: no such call: %s\n", options->call);
+		return 2;
+	}
 	const char *failure = run_plan(&plan, samples);
 	if (failure) {
 		fprintf(stderr, "floor: %s\n", failure);
@@ -231,8 +235,9 @@ static int be_listener(const struct options *options)
 
 static void usage(void)
 {
-	fprintf(stderr, "usage: floor [-m none|answer|resolve|continue] [-n COUNT] [-p PATH] [-s SOCKET] [-a]\n"
+	fprintf(stderr, "usage: floor [-m none|answer|resolve|continue] [-n COUNT] [-p PATH] [-c CALL] [-s SOCKET] [-a]\n"
 			"  -p  what to unmount; it must be answered with EINVAL (/proc/sys)\n"
+			"  -c  another call instead, as calls.h has it: \"mount none /mnt ext4 0 -1\"\n"
 			"  -s  a SOCK_SEQPACKET descriptor over which plans come, instead of one run\n"
 			"  -a  the default, asynchronous wake-up, as before Linux 6.6\n");
 	exit(2);
@@ -241,7 +246,7 @@ static void usage(void)
 static struct options parse_options(int argc, char **argv)
 {
 	struct options options = {.count = 30000, .path = "/proc/sys", .sock = -1, .sync_wake_up = 1};
-	for (int o; (o = getopt(argc, argv, "m:n:p:s:a")) >= 0;) {
+	for (int o; (o = getopt(argc, argv, "m:n:p:c:s:a")) >= 0;) {
 		unsigned int i = 0;
 		switch (o) {
 		case 'm':
@@ -256,6 +261,9 @@ static struct options parse_options(int argc, char **argv)
 			break;
 		case 'p':
 			options.path = optarg;
+			break;
+		case 'c':
+			options.call = optarg;
 			break;
 		case 's':
 			options.sock = atoi(optarg);

@@ -11,7 +11,19 @@ from interceptor import __version__
 from interceptor.errors import InterceptorError
 
 #: Subcommands in the order of ``--help``, which is that of use; each is ``command`` in the module of its name.
-COMMANDS = ("doctor", "serve", "unit", "ps", "mounts", "explain", "ownership", "sync", "stats")
+COMMANDS = (
+    "doctor",
+    "serve",
+    "unit",
+    "ps",
+    "mounts",
+    "explain",
+    "ownership",
+    "sync",
+    "stats",
+    "top",
+    "events",
+)
 
 
 class _Commands(click.Group):
@@ -45,6 +57,8 @@ def cli() -> None:
       interceptor ownership ID    how its files were given to its IDs
       interceptor sync ID         give changes in a clone back to its manager
       interceptor stats ID        what its calls were answered
+      interceptor top             what is called now, and how long it takes
+      interceptor events --follow what is decided, as it happens
 
     A container is guarded when its bundle names the daemon's seccomp.sock as linux.seccomp.listenerPath and
     interceptor-hook as its createRuntime and poststop hook.

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 #: Columns of an output that is not a terminal: more than any line needs.
-_UNCUT = 100_000
+UNCUT = 100_000
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -68,7 +68,7 @@ def print_table(rows: Sequence[Mapping[str, object]], header: bool = True) -> No
         table.add_column(column.replace("_", " "), overflow="fold")
     for row in rows:
         table.add_row(*(Text(_cell(row.get(column))) for column in columns))
-    Console(width=None if sys.stdout.isatty() else _UNCUT).print(table)
+    Console(width=None if sys.stdout.isatty() else UNCUT).print(table)
 
 
 def printable(text: str) -> str:

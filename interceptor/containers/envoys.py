@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import select
 import signal
 import socket
 import time
@@ -21,7 +20,7 @@ from interceptor.containers.registry import Container
 from interceptor.containers.spec import mapped_ids
 from interceptor.errors import InterceptorError
 from interceptor.guards.keeper import Forked, Keeper
-from interceptor.kernel.fd import FdLike, OwnedFd
+from interceptor.kernel.fd import FdLike, OwnedFd, is_ready
 from interceptor.kernel.fd import fileno as number_of
 from interceptor.kernel.stat import statx
 from interceptor.observe.log import get_logger
@@ -103,7 +102,7 @@ class Envoys:
     def _died(self, container: Container) -> None:
         assert container.envoy_pidfd is not None
         self._loop.remove_reader(container.envoy_pidfd.fileno())
-        if select.select([container.pidfd], [], [], 0)[0]:
+        if is_ready(container.pidfd):
             return  # with its container
         log = self._log.bind(container=container.cid, pid=container.envoy_pid)
         deaths = self._deaths.setdefault(container.cid, deque(maxlen=DEATHS_MAX))

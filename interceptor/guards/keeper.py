@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -16,7 +15,7 @@ from typing import Any
 
 from interceptor.config import Config
 from interceptor.errors import InterceptorError
-from interceptor.kernel.fd import OwnedFd
+from interceptor.kernel.fd import OwnedFd, is_ready
 from interceptor.packets import receive_packet, send_packet
 
 VIEW_TIMEOUT_S = 5.0
@@ -103,7 +102,7 @@ def _receive_parts(sock: socket.socket) -> dict[str, OwnedFd]:
     end = time.monotonic() + VIEW_TIMEOUT_S
     try:
         while True:
-            if not select.select([sock], [], [], max(0.0, end - time.monotonic()))[0]:
+            if not is_ready(sock, end - time.monotonic()):
                 raise InterceptorError("the view does not answer", "see the log of the view")
             message, received = receive_packet(sock)
             if message is None:

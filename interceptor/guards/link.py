@@ -176,6 +176,10 @@ class GuardLink:
                 record.cover[kind][index] = hashed(path)
         return self._send(bytes(ffi.buffer(record)))
 
+    def follow(self, by_somebody: bool) -> bool:
+        """Whether somebody wants to know of every call."""
+        return self._note(lib.IX_MSG_FOLLOW, int(by_somebody))
+
     def hello(self) -> bool:
         """A successor is here: what is open is asked again."""
         return self._note(lib.IX_MSG_HELLO)

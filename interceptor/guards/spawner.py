@@ -6,12 +6,14 @@ container. It decides nothing and looks into nothing; it takes orders from root 
 
 Protocol: SOCK_SEQPACKET at ``RUNTIME_DIR/keeper.sock``, one JSON object a packet, descriptors by SCM_RIGHTS.
 Run as ``python -m interceptor.guards.spawner RUNTIME_DIR READY_FD LOG_LEVEL HOST_WRITES``. Nothing is imported here
-but what it needs, because every guard starts as a copy of this process.
+but what it needs, because every guard starts as a copy of a copy of this process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
 import os
 import selectors
 import signal
@@ -113,11 +115,64 @@ def _start_welder() -> socket.socket:
     return ours
 
 
+class Nursery:
+    """A native process that guards and envoys are forked from (native/nursery.c).
+
+    Forked from this one they would be left with a copy of every page that Python writes to here.
+    """
+
+    def __init__(self, proc: int) -> None:
+        self._proc = proc
+        self._sock = self._start()
+
+    def _start(self) -> socket.socket:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+        def body() -> None:
+            # Out of the way of both places first.
+            sock, proc = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (theirs.fileno(), self._proc))
+            lib.ix_close_range(3, 9)
+            os.dup2(sock, 3, inheritable=False)
+            os.dup2(proc, 4, inheritable=False)
+            lib.ix_close_range(5, 0xFFFFFFFF)
+            lib.ix_nursery(3, 4)
+            os._exit(0)
+
+        _, pidfd = _fork(body)
+        os.close(pidfd)
+        theirs.close()
+        return ours
+
+    def fork(self, kind: int, fds: list[int], config: Any = None) -> tuple[int, int]:
+        """The PID of a new child and its pidfd. `OSError`."""
+        birth = ffi.new("struct ix_birth *", {"kind": kind, "config": config or {}})
+        try:
+            return self._order(bytes(ffi.buffer(birth)), fds)
+        except ConnectionError:
+            # Somebody has killed it. What it was asked for has not been done, or is gone with its answer: a guard or an
+            # envoy whose socket nobody has the other end of ends by itself.
+            self._sock.close()
+            self._sock = self._start()
+            return self._order(bytes(ffi.buffer(birth)), fds)
+
+    def _order(self, birth: bytes, fds: list[int]) -> tuple[int, int]:
+        socket.send_fds(self._sock, [birth], fds)
+        said, received, _flags, _address = socket.recv_fds(self._sock, 4, 1)
+        if not said:
+            raise ConnectionResetError("the nursery is gone")
+        (pid,) = struct.unpack("i", said)
+        if pid < 0 or not received:
+            raise OSError(-pid, f"fork: {os.strerror(-pid)}")
+        os.set_inheritable(received[0], False)
+        return pid, received[0]
+
+
 class Keeper:
     """Orders come one at a time from the daemon; a new daemon takes over by connecting."""
 
     def __init__(self, runtime_dir: str, log_level: str, host_writes: bool) -> None:
-        self.store: dict[str, tuple[Any, list[int]]] = {}
+        #: Records as JSON text: as objects they would take ten times the memory, for every container.
+        self.store: dict[str, tuple[str, list[int]]] = {}
         self.path = os.path.join(runtime_dir, "keeper.sock")
         self.workshop = Workshop(runtime_dir)
         self.welder = _start_welder()
@@ -127,6 +182,7 @@ class Keeper:
         )
         self.view.start_first()
         self.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.nursery = Nursery(self.proc)
         self.namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if os.path.lexists(self.path):
@@ -152,7 +208,9 @@ class Keeper:
         os.unlink(self.path)
 
     def _containers_of_the_view(self) -> Adds:
-        return [self.store[key] for key in self.store if key.startswith("v/")]
+        return [
+            (json.loads(record), fds) for key, (record, fds) in self.store.items() if key.startswith("v/")
+        ]
 
     def _accept(self) -> None:
         client, _ = self.listener.accept()
@@ -183,7 +241,8 @@ class Keeper:
 
     def _container_ended(self, key: str) -> None:
         """A container's first process ended while no daemon was there: its guard and its envoy end too."""
-        record, fds = self.store[key]
+        text, fds = self.store[key]
+        record = json.loads(text)
         self.selector.unregister(fds[0])
         # The registry's order: the guard's descriptor is the last, the envoy's before link and guard.
         ends = [fds[-1]] if record["guard"] else []
@@ -230,14 +289,14 @@ class Keeper:
     def order_store(self, message: Any, fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Keeps descriptors and a record under a key, in the place of what was there."""
         self._close(str(message["key"]))
-        self.store[str(message["key"])] = (message.get("record"), list(fds))
+        self.store[str(message["key"])] = (json.dumps(message.get("record")), list(fds))
         fds.clear()
         return {}, []
 
     def order_fetch(self, message: Any, _fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Duplicates of what is kept under a key."""
         record, fds = self.store[str(message["key"])]
-        return {"record": record}, fds
+        return {"record": json.loads(record)}, fds
 
     def order_forget(self, message: Any, _fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Closes what is kept under a key, or, where it ends in a slash, under every key that starts with it."""
@@ -249,14 +308,13 @@ class Keeper:
     def order_guard(self, message: Any, fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Forks a guard. Descriptors: user namespace, link, journal."""
         userns, link, journal = fds
-        config = ffi.new("struct ix_guard_config *", message["config"])
-        return self._child(lambda: lib.ix_become_guard(userns, self.proc, link, journal, config), fds)
+        return self._child(
+            self.nursery.fork(lib.IX_BIRTH_GUARD, [userns, link, journal], message["config"]), fds
+        )
 
     def order_envoy(self, _message: Any, fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Forks an envoy. Descriptors: socket, bare procfs and sysfs, pidfd, user namespace, then others to join."""
-        sock, proc, sys_, pidfd, *namespaces = fds
-        array_ = ffi.new("int[]", namespaces)
-        return self._child(lambda: lib.ix_become_envoy(array_, len(namespaces), sock, proc, sys_, pidfd), fds)
+        return self._child(self.nursery.fork(lib.IX_BIRTH_ENVOY, fds), fds)
 
     def order_view_parts(self, message: Any, fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Forks somebody who clones mounts at paths of the view, may wait for it, and sends them to the socket."""
@@ -269,10 +327,10 @@ class Keeper:
             send_parts(self.workshop.root, paths, keep)
             os._exit(0)
 
-        return self._child(body, fds)
+        return self._child(_fork(body), fds)
 
-    def _child(self, body: Any, fds: list[int]) -> tuple[dict[str, Any], list[int]]:
-        pid, pidfd = _fork(body)
+    def _child(self, child: tuple[int, int], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+        pid, pidfd = child
         fds.append(pidfd)  # closed with the others once the reply, which carries it, is sent
         return {"pid": pid}, [pidfd]
 
@@ -284,7 +342,7 @@ class Keeper:
         return {}, []
 
     def _close(self, key: str) -> None:
-        for fd in self.store.pop(key, (None, []))[1]:
+        for fd in self.store.pop(key, ("", []))[1]:
             os.close(fd)
 
 

@@ -72,6 +72,9 @@ class Supervisor:
         self.link: GuardLink | None = None
         self.pidfd: OwnedFd | None = None
         self.pid = 0
+        self.deaths = 0
+        """How many guards it has lost."""
+        self._followed = False
         self._keeper = keeper
         self._config = dict(config)
         self._userns = userns
@@ -97,6 +100,8 @@ class Supervisor:
         # Kept before it is at work: two guards on one journal would be in each other's way.
         self._changed()
         link.send_facts(self._facts())
+        if self._followed:
+            link.follow(True)
         for index, listener in self._listeners.items():
             link.send_listener(index, listener.fileno())
 
@@ -107,6 +112,8 @@ class Supervisor:
         link.flush()
         link.send_facts(self._facts())
         link.hello()
+        # Whoever followed the predecessor is gone with it.
+        link.follow(self._followed)
         # The predecessor may have died before it had sent them all; the guard passes over those that it has.
         for index, listener in self._listeners.items():
             link.send_listener(index, listener.fileno())
@@ -127,6 +134,13 @@ class Supervisor:
         """The listener has no caller left."""
         if self.link is not None:
             self.link.drop_listener(index)
+
+    def follow(self, by_somebody: bool) -> None:
+        """Whether the guard is to note each call in the journal (native/tally.c)."""
+        if by_somebody != self._followed:
+            self._followed = by_somebody
+            if self.link is not None:
+                self.link.follow(by_somebody)
 
     def _receive(self) -> None:
         link = self.link
@@ -169,6 +183,7 @@ class Supervisor:
 
     def _died(self) -> None:
         now = self._loop.time()
+        self.deaths += 1
         self._release()
         self._deaths.append(now)
         if len(self._deaths) == DEATHS_MAX and now - self._deaths[0] < DEATH_WINDOW_S:

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from interceptor.errors import InterceptorError
-from interceptor.kernel.fd import OwnedFd
+from interceptor.kernel.fd import OwnedFd, is_ready
 from interceptor.packets import receive_packet, send_packet
 
 TIMEOUT_S = 5.0
@@ -37,10 +37,10 @@ class ViewClient:
 
     def _send(self, message: dict[str, Any], fds: list[int] | None = None) -> int:
         """Sends an order without waiting for room or answer; its number."""
-        while select.select([self._sock], [], [], 0)[0]:
+        while is_ready(self._sock):
             if receive_packet(self._sock)[0] is None:  # else to a question that nobody asks any more
                 raise InterceptorError("the view is gone", "restart the service")
-        if not select.select([], [self._sock], [], 0)[1]:
+        if not is_ready(self._sock, 0, select.POLLOUT):
             raise InterceptorError("the view takes no orders", "see the log of the view")
         number = next(self._numbers)
         send_packet(self._sock, message | {"n": number}, fds)
@@ -49,7 +49,7 @@ class ViewClient:
     def _answer(self, number: int) -> dict[str, Any]:
         # Not by a timeout of the socket, which others hold too and which it would make non-blocking.
         end = time.monotonic() + TIMEOUT_S
-        while select.select([self._sock], [], [], max(0.0, end - time.monotonic()))[0]:
+        while is_ready(self._sock, end - time.monotonic()):
             reply, _ = receive_packet(self._sock)
             if reply is None:
                 raise InterceptorError("the view is gone", "restart the service")

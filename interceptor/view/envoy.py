@@ -43,6 +43,9 @@ PENDING_MAX = 512
 TIME_LIMIT_S = 5.0
 """How long a request to an envoy may take before it fails with EIO."""
 
+#: For one reply, which is taken out of it at once: all envoys of a process share it.
+_buffer = bytearray(REPLY_MAX)
+
 
 class _Call(Waiting):
     __slots__ = ("deadline", "operation", "path", "reply", "within")
@@ -82,7 +85,6 @@ class Envoy:
         # A predecessor's requests may still be answered: ours are not mistaken for them.
         self._seq = int.from_bytes(os.urandom(4))
         self._stuck = False
-        self._buffer = bytearray(REPLY_MAX)
         self._wants_to_send = wants_to_send
         self._ended = ended
         self._owes = owes
@@ -99,14 +101,14 @@ class Envoy:
         """Take one reply, and let who waits for it go on."""
         try:
             # MSG_TRUNC: the true length, so that an overlong packet is seen to be one.
-            length = self._sock.recv_into(self._buffer, 0, socket.MSG_TRUNC)
+            length = self._sock.recv_into(_buffer, 0, socket.MSG_TRUNC)
             if length == 0:
                 self._log.warning("envoy_ended")
                 self.close()
                 return
             if length > REPLY_MAX:
                 raise ProtocolError(f"envoy's reply has {length} bytes")
-            reply = decode_reply(bytes(memoryview(self._buffer)[:length]))
+            reply = decode_reply(bytes(memoryview(_buffer)[:length]))
         except (BlockingIOError, InterruptedError):
             return
         except (OSError, ProtocolError) as error:

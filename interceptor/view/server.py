@@ -22,7 +22,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import structlog
 
@@ -67,6 +66,8 @@ class Server:
         self._session = Session(device, host.proc, self._view, self.stop)
         self._poll = select.epoll()
         self._ready: dict[int, Callable[[int], None]] = {}
+        self._asked: set[Envoy] = set()
+        """Envoys that may owe an answer: the others, a thousand perhaps, are not looked at in each turn."""
         self._running = True
         self._orphaned = False
         self._begun = False
@@ -87,9 +88,11 @@ class Server:
     def _turn(self) -> None:
         limit = -1.0
         now = time.monotonic()
-        for container in list(self._view.containers.values()):
-            left = container.envoy.expire(now)
-            if left is not None:
+        for envoy in list(self._asked):
+            left = envoy.expire(now)
+            if left is None:
+                self._asked.discard(envoy)
+            else:
                 limit = left if limit < 0 else min(limit, left)
         for fd, events in self._poll.poll(limit):
             ready = self._ready.get(fd)
@@ -224,13 +227,17 @@ class Server:
             self._unwatch(fd)
             self._end_if_useless()
 
+        def owes(answers: int) -> None:
+            pump.envoy_owes(number, answers)
+            self._asked.add(envoy)
+
         envoy = Envoy(
             sock,
             message.id,
             time_limit_s=self._time_limit_s,
             wants_to_send=wants_to_send,
             ended=ended,
-            owes=partial(pump.envoy_owes, number),
+            owes=owes,
         )
         envoy.number = number
         if known is not None:

@@ -35,7 +35,7 @@ from interceptor.kernel.process import pidfd_getfd, pidfd_open
 from interceptor.library import GuardedChild, Interceptor
 from tests import guarded as inside
 from tests.conftest import open_descriptors
-from tests.robust.support import PATIENCE, eventually, guard_pid
+from tests.robust.support import PATIENCE, eventually, guard_pid, pid_is
 
 pytestmark = pytest.mark.root
 
@@ -305,7 +305,8 @@ def _all_stopped(pid: int) -> bool:
 @contextlib.contextmanager
 def taken_over(daemon: Interceptor, child: GuardedChild) -> Iterator[Hostile]:
     """A container's guard, played by this test."""
-    eventually(lambda: guard_pid(daemon, child.cid) != 0, "a guard")
+    # Until it has its name it is a copy of the nursery, with that one's descriptors.
+    eventually(lambda: pid_is(guard_pid(daemon, child.cid), "interceptor-grd"), "a guard")
     with pidfd_open(guard_pid(daemon, child.cid)) as pidfd:
         pid = guard_pid(daemon, child.cid)
         signal.pidfd_send_signal(pidfd.fileno(), signal.SIGSTOP)

@@ -30,6 +30,7 @@ class Family:
     daemon: int
     keeper: int
     welder: int
+    nursery: int
     view: int
     guards: frozenset[int]
     envoys: frozenset[int]
@@ -37,7 +38,13 @@ class Family:
     @property
     def standing(self) -> dict[str, int]:
         """Those that are there without any container."""
-        return {"daemon": self.daemon, "keeper": self.keeper, "welder": self.welder, "view": self.view}
+        return {
+            "daemon": self.daemon,
+            "keeper": self.keeper,
+            "welder": self.welder,
+            "nursery": self.nursery,
+            "view": self.view,
+        }
 
     @property
     def all(self) -> list[int]:
@@ -82,9 +89,10 @@ def family(daemon: Interceptor) -> Family:
     names = {pid: _status(pid, "Name") for pid in children}
     guards = frozenset(pid for pid, name in names.items() if name == "interceptor-grd")
     envoys = frozenset(pid for pid, name in names.items() if name == "interceptor-env")
-    (welder,) = [pid for pid in children if pid not in guards | envoys]
+    (nursery,) = [pid for pid, name in names.items() if name == "interceptor-nur"]
+    (welder,) = [pid for pid in children if pid not in guards | envoys | {nursery}]
     (view,) = view_of(daemon)
-    return Family(daemon.pid, keeper, welder, view, guards, envoys)
+    return Family(daemon.pid, keeper, welder, nursery, view, guards, envoys)
 
 
 def descriptors(pid: int) -> int:

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.root
 
 CONTAINERS = 10
 SECONDS = 10
-GUARD_PRIVATE_KIB_MAX = 2048
+GUARD_PRIVATE_KIB_MAX = 500
+ENVOY_PRIVATE_KIB_MAX = 120
 
 
 @pytest.mark.slow
@@ -56,7 +57,7 @@ def _private_kib(pid: int) -> int:
     return sum(int(row[1]) for row in rows if row[0] in ("Private_Clean:", "Private_Dirty:"))
 
 
-def test_a_guard_has_less_than_two_megabytes_of_its_own(daemon: Interceptor, child: GuardedChild) -> None:
+def test_a_guard_has_less_than_half_a_megabyte_of_its_own(daemon: Interceptor, child: GuardedChild) -> None:
     def calls() -> Truth:
         truth = Truth()
         truth.prepare()
@@ -70,3 +71,19 @@ def test_a_guard_has_less_than_two_megabytes_of_its_own(daemon: Interceptor, chi
     private = _private_kib(support.guard_pid(daemon, child.cid))
     print(f"private memory of a guard after {truth.calls} calls: {private} KiB")
     assert private <= GUARD_PRIVATE_KIB_MAX
+
+
+def test_an_envoy_has_next_to_nothing_of_its_own(daemon: Interceptor, child: GuardedChild) -> None:
+    assert child.run(["cat", "/proc/uptime", "/proc/sys/kernel/hostname"]).returncode == 0
+    (envoy,) = support.family(daemon).envoys
+    assert _private_kib(envoy) <= ENVOY_PRIVATE_KIB_MAX
+
+
+def test_a_killed_nursery_is_replaced_when_it_is_needed(daemon: Interceptor, child: GuardedChild) -> None:
+    who = support.family(daemon)
+    support.kill(who.nursery)
+    # Those that were forked from it go on.
+    assert child.run(["umount", "-l", "/proc"]).returncode == 32
+    with daemon.spawn() as other:
+        assert other.run(["umount", "-l", "/proc"]).returncode == 32
+    assert support.family(daemon).nursery != who.nursery
