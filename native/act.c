@@ -322,14 +322,22 @@ static bool unmount_alone(struct ix_call *call, uint64_t id, uint64_t namespace_
 /* What needs no daemon, because the mount table alone tells all about it. */
 bool ix_act_alone(struct ix_call *call, const struct ix_request *request, struct ix_reply *reply)
 {
-	uint64_t id = request->mnt_id, namespace_id;
-	bool known;
+	uint64_t id = request->st->mnt_id, namespace_id;
+	bool known, foreign = request->foreign;
 	if (ix_mntns_id(call->mntns, &namespace_id) < 0 || ix_enter(call) < 0)
 		return false;
-	if (request->op == IX_OP_UMOUNT) {
+	/* The device of a base that is gone is another's by now: of a tmpfs for example, which gets the lowest free number. */
+	if (!foreign && ix_cache_is_base(request->st) && !ix_is_of_base_type(id)) {
+		ix_cache_put_foreign(request->st);
+		foreign = true;
+	}
+	if (foreign && request->op != IX_OP_DETACH) {
+		known = true;
+		*reply = ix_let_kernel_run("a mount of the container's own");
+	} else if (request->op == IX_OP_UMOUNT) {
 		known = unmount_alone(call, id, namespace_id, reply);
 	} else if (request->op == IX_OP_DETACH) {
-		known = request->foreign ? !ix_guard_state.config.protect_immutable && ix_takes_no_original_along(id, namespace_id)
+		known = foreign ? !ix_guard_state.config.protect_immutable && ix_takes_no_original_along(id, namespace_id)
 					 : ix_goes_whole(id, namespace_id, true);
 		*reply = ix_let_kernel_run("a lazy unmount takes along what is below: no original, and nothing with peers");
 	} else {

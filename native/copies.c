@@ -43,6 +43,12 @@ static bool look(uint64_t mnt_id, struct seen *m)
 	return ix_statmount(mnt_id, 0, wanted, m, sizeof(*m)) == 0 && (m->sm.mask & wanted) == wanted;
 }
 
+bool ix_is_of_base_type(uint64_t mnt_id)
+{
+	struct seen m;
+	return !look(mnt_id, &m) || m.sm.sb_magic == IX_PROC_SUPER_MAGIC || m.sm.sb_magic == IX_SYSFS_MAGIC;
+}
+
 /* Without peers nothing that happens on it happens elsewhere, too. */
 static bool is_shared(uint64_t mnt_id)
 {

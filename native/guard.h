@@ -85,7 +85,7 @@ struct ix_call {
 /* What is asked for a mount. */
 struct ix_request {
 	enum ix_op op;
-	uint64_t mnt_id;
+	const struct ix_stat *st;
 	uint64_t flags;                /* of mount(2) or umount2(2) */
 	bool foreign;                  /* of a filesystem of the container's own */
 };
@@ -149,6 +149,7 @@ struct ix_reply ix_decide(struct ix_call *call, enum ix_op op, int fd, const str
 void ix_take_facts(const struct ix_facts *facts);
 bool ix_is_for_the_kernel(uint64_t mnt_id, uint64_t namespace_id, enum ix_op op, uint64_t flags);
 bool ix_takes_no_original_along(uint64_t mnt_id, uint64_t namespace_id);
+bool ix_is_of_base_type(uint64_t mnt_id);
 bool ix_goes_whole(uint64_t mnt_id, uint64_t namespace_id, bool lazily);
 /* options.c */
 int ix_read_options(int tid, uint64_t address, char out[PATH_MAX]);

@@ -174,7 +174,7 @@ struct ix_reply ix_decide(struct ix_call *call, enum ix_op op, int fd, const str
 		return ix_caller_has_cap(call->tid, CAP_SYS_ADMIN) ? ix_deny(error) : ix_let_kernel_run("EPERM is the kernel's");
 	}
 	__atomic_add_fetch(&ix_guard_state.journal->missed, 1, __ATOMIC_RELAXED);
-	struct ix_request request = {.op = op, .mnt_id = st->mnt_id, .flags = flags, .foreign = !ix_is_ours(call, fd, st)};
+	struct ix_request request = {.op = op, .st = st, .flags = flags, .foreign = !ix_is_ours(call, fd, st)};
 	if (request.foreign) {
 		/* Lazily, it takes along what is below, and that may have peers among the originals. */
 		if (op != IX_OP_DETACH)
