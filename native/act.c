@@ -331,13 +331,14 @@ bool ix_act_alone(struct ix_call *call, const struct ix_request *request, struct
 		ix_cache_put_foreign(request->st);
 		foreign = true;
 	}
+	bool protected = ix_guard_state.config.protect_immutable;
 	if (foreign && request->op != IX_OP_DETACH) {
-		known = true;
+		known = !protected || request->op != IX_OP_UMOUNT;
 		*reply = ix_let_kernel_run("a mount of the container's own");
 	} else if (request->op == IX_OP_UMOUNT) {
 		known = unmount_alone(call, id, namespace_id, reply);
 	} else if (request->op == IX_OP_DETACH) {
-		known = foreign ? !ix_guard_state.config.protect_immutable && ix_takes_no_original_along(id, namespace_id)
+		known = foreign ? !protected && ix_takes_no_original_along(id, namespace_id)
 					 : ix_goes_whole(id, namespace_id, true);
 		*reply = ix_let_kernel_run("a lazy unmount takes along what is below: no original, and nothing with peers");
 	} else {

@@ -141,6 +141,12 @@ static bool names_a_place(const char *path)
 	       (n == 3 && memcmp(last, "cwd", n) == 0) || (n == 4 && memcmp(last, "root", n) == 0);
 }
 
+/* Which mounts the container was made with only the daemon knows, and it answers once for each. */
+static bool may_be_immutable(enum ix_op op)
+{
+	return ix_guard_state.config.protect_immutable && (op == IX_OP_UMOUNT || op == IX_OP_DETACH);
+}
+
 static bool known_harmless(const struct ix_call *call, enum ix_op op, bool follow, struct ix_reply *reply)
 {
 	struct ix_stat st;
@@ -149,7 +155,7 @@ static bool known_harmless(const struct ix_call *call, enum ix_op op, bool follo
 		return false;
 	if (!st.mount_root)
 		*reply = ix_let_kernel_run("no mount: EINVAL is the kernel's");
-	else if (ix_cache_is_foreign(&st))
+	else if (ix_cache_is_foreign(&st) && !may_be_immutable(op))
 		*reply = ix_let_kernel_run("a mount of the container's own");
 	else if (ix_cache_get(st.mnt_id, op, &error) == 1) {
 		__atomic_add_fetch(&ix_guard_state.journal->cached, 1, __ATOMIC_RELAXED);
@@ -175,7 +181,7 @@ struct ix_reply ix_decide(struct ix_call *call, enum ix_op op, int fd, const str
 	}
 	__atomic_add_fetch(&ix_guard_state.journal->missed, 1, __ATOMIC_RELAXED);
 	struct ix_request request = {.op = op, .st = st, .flags = flags, .foreign = !ix_is_ours(call, fd, st)};
-	if (request.foreign) {
+	if (request.foreign && !may_be_immutable(op)) {
 		/* Lazily, it takes along what is below, and that may have peers among the originals. */
 		if (op != IX_OP_DETACH)
 			ix_cache_put(st->mnt_id, op, 0);

@@ -17,6 +17,7 @@ import pytest
 
 import interceptor.library
 from interceptor.errors import ContainerError, InterceptorError, SyscallError
+from interceptor.kernel.flags import UmountFlag
 from interceptor.library import GuardedChild, Interceptor, Mount
 from interceptor.spawn.create import FIRST_ID, spawn
 from tests import guarded as inside
@@ -544,3 +545,23 @@ def test_a_directory_given_is_kept(tmp_path: Path) -> None:
 def test_spawn_without_a_daemon_needs_none() -> None:
     with spawn(None, ["true"]) as child:
         assert child.wait() == 0
+
+
+def test_immutables_are_not_unmounted_where_that_is_configured(tmp_path: Path) -> None:
+    """README: protect_immutable_unmounts. The container's own mounts stay its own affair."""
+
+    def body() -> list[int]:
+        os.mkdir("/tmp/own")
+        results = []
+        for _ in range(2):  # the second time from the cache
+            results += [inside.try_umount(b"/given", flags) for flags in (0, UmountFlag.MNT_DETACH)]
+            results.append(inside.try_mount(b"own", b"/tmp/own", b"tmpfs"))
+            results.append(inside.try_umount(b"/tmp/own"))
+        return results
+
+    given = [Mount("tmpfs", "/given", "tmpfs"), Mount(str(tmp_path), "/bound", "", ("bind",))]
+    with Interceptor(protect_immutable_unmounts=True) as daemon, daemon.spawn(mounts=given) as child:
+        assert child.call(body) == [errno.EPERM, errno.EPERM, 0, 0] * 2
+        assert child.call(inside.try_umount, b"/bound") == errno.EPERM
+    with Interceptor() as daemon, daemon.spawn(mounts=given) as child:
+        assert child.call(inside.try_umount, b"/given") == 0
