@@ -70,8 +70,8 @@ class Disk:
         """rename(2): what moves gets another time of change, what is in it does not."""
         if not path or path not in self.names or not to or not self.is_directory(parent(to)):
             return
-        if to in self.below(path) or path in self.below(to):
-            return
+        if (to + b"/").startswith(path + b"/") or (path + b"/").startswith(to + b"/"):
+            return  # into itself, or over what it is in
         if to in self.names and (self.is_directory(to) or self.is_directory(path)):
             return
         self.names.pop(to, None)
