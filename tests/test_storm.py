@@ -68,7 +68,7 @@ def test_every_comparison_is_of_figures_that_workloads_have() -> None:
 @pytest.mark.root
 def test_a_call_with_another_errno_ends_the_run() -> None:
     wrong = Workload("wrong", (workloads.umount("x", "/proc/sys", expected=errno.EBUSY),), 1)
-    with compiled() as program, spawn(None, None, mounts=[contestants.bind(program)]) as container:
+    with compiled() as program, spawn(None, None, mounts=contestants.mounts_with(program)) as container:
         caller = Caller(container, "none")
         try:
             with pytest.raises(InterceptorError, match=f"errno {errno.EINVAL}, not {errno.EBUSY}"):
@@ -81,7 +81,7 @@ def test_a_call_with_another_errno_ends_the_run() -> None:
 @pytest.mark.root
 @pytest.mark.parametrize("mode", ["none", *contestants.FLOORS])
 def test_the_floor_runs_by_hand(mode: str) -> None:
-    with compiled() as program, spawn(None, None, mounts=[contestants.bind(program)]) as container:
+    with compiled() as program, spawn(None, None, mounts=contestants.mounts_with(program)) as container:
         done = container.run([f"{contestants.INSIDE}/floor", "-m", mode, "-n", "100"])
     assert (done.returncode, done.stderr) == (0, b"")
     found = json.loads(done.stdout)
@@ -165,7 +165,7 @@ def test_another_agent_answers_the_same_calls() -> None:
     with (
         compiled() as program,
         agents.running(agents.PYTHON) as peer,
-        spawn(peer, None, mounts=[contestants.bind(program)]) as container,
+        spawn(peer, None, mounts=contestants.mounts_with(program)) as container,
     ):
         container.call(contestants.furnish, 20)
         caller = Caller(container, "none")

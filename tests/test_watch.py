@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from integration.storm.contestants import Caller, bind, compiled
+from integration.storm.contestants import Caller, compiled, mounts_with
 from integration.storm.crowd import STORM_CALLS
 from integration.storm.workloads import DENIED
 from interceptor.cli.events import line_of, wanted
@@ -364,7 +364,7 @@ def test_a_storm_is_few_lines_with_counts_that_add_up() -> None:
     with (
         compiled() as program,
         Interceptor() as daemon,
-        daemon.spawn(mounts=[bind(program)]) as child,
+        daemon.spawn(mounts=mounts_with(program)) as child,
         events_of(daemon) as following,
     ):
         wait_until_followed(daemon, child, following)
@@ -419,7 +419,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.root
 def test_top_counts_what_is_called_between_two_looks() -> None:
-    with compiled() as program, Interceptor() as daemon, daemon.spawn(mounts=[bind(program)]) as child:
+    with compiled() as program, Interceptor() as daemon, daemon.spawn(mounts=mounts_with(program)) as child:
         config = str(daemon.directory / "config.toml")
         caller = Caller(child, "none")
         try:

@@ -115,9 +115,9 @@ def furnish(mounts: int) -> int:
     return len(stat.listmount())
 
 
-def bind(program: Path) -> Mount:
-    """What brings the program into a container."""
-    return Mount(str(program), INSIDE, "", ("bind", "ro"))
+def mounts_with(program: Path) -> list[Mount]:
+    """What brings the program into a container; and something on /sys, as systemd has."""
+    return [Mount(str(program), INSIDE, "", ("bind", "ro")), Mount("cgroup", "/sys/fs/cgroup", "tmpfs")]
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,10 @@ def arena(
 ) -> Iterator[list[Contestant]]:
     """All contestants, in containers whose tables have ``mounts`` entries; ``peers`` by name."""
     with contextlib.ExitStack() as stack:
-        guarded = stack.enter_context(daemon.spawn(mounts=[bind(program)]))
-        alone = stack.enter_context(spawn(None, None, mounts=[bind(program)]))
+        guarded = stack.enter_context(daemon.spawn(mounts=mounts_with(program)))
+        alone = stack.enter_context(spawn(None, None, mounts=mounts_with(program)))
         theirs = {
-            name: stack.enter_context(spawn(peer, None, mounts=[bind(program)]))
+            name: stack.enter_context(spawn(peer, None, mounts=mounts_with(program)))
             for name, peer in (peers or {}).items()
         }
         for container in (guarded, alone, *theirs.values()):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from integration.storm.contestants import Caller, bind, furnish
+from integration.storm.contestants import Caller, furnish, mounts_with
 from integration.storm.figures import FEW, Percentiles
 from integration.storm.workloads import DENIED, FREE
 from interceptor.library import GuardedChild, Interceptor
@@ -94,7 +94,7 @@ def _callers(daemon: Interceptor, program: Path, count: int) -> Iterator[list[Ca
     with contextlib.ExitStack() as stack:
         found = []
         for _ in range(count):
-            container: GuardedChild = stack.enter_context(daemon.spawn(mounts=[bind(program)]))
+            container: GuardedChild = stack.enter_context(daemon.spawn(mounts=mounts_with(program)))
             container.call(furnish, FEW)
             caller = Caller(container, "none")
             stack.callback(caller.close)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from integration.storm.contestants import COMPILE, HERE, SOURCES, Caller, bind, furnish
+from integration.storm.contestants import COMPILE, HERE, SOURCES, Caller, furnish, mounts_with
 from integration.storm.figures import FEW, Percentiles, Ratio
 from integration.storm.workloads import TARGET, Workload, mount
 from interceptor.errors import InterceptorError
@@ -163,7 +163,7 @@ def measure(program: Path, rounds: int) -> Beside:
     with (
         _running() as lxd,
         Interceptor(log_level="warning") as daemon,
-        daemon.spawn(mounts=[bind(program)]) as container,
+        daemon.spawn(mounts=mounts_with(program)) as container,
     ):
         container.call(furnish, FEW)
         caller = Caller(container, "none")
