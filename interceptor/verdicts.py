@@ -220,7 +220,7 @@ class Answerer:
         self, container: Container, scene: Scene, chain: list[MountStat], kind: MountClass, request: Request
     ) -> Circumstances:
         """What besides its class decides about ``chain[0]``, asked of the kernel."""
-        holds = request is Request.DETACH and _holds_original(container, scene, chain[0])
+        holds = request is Request.DETACH and _holds_original(container, scene, chain)
         if kind is MountClass.COPIED_BASE:
             own = self._own_mounts(container, scene, chain[0])
             return Circumstances(
@@ -292,9 +292,11 @@ def _welded_on(container: Container, scene: Scene, base: MountStat) -> list[Moun
     return [m for m in scene.below(base.mnt_id) if _base_of(container, scene, m) == base.mnt_id]
 
 
-def _holds_original(container: Container, scene: Scene, target: MountStat) -> bool:
-    """Whether an original base stands below a mount."""
-    bases = (m for m in scene.below(target.mnt_id) if is_base(m))
+def _holds_original(container: Container, scene: Scene, chain: list[MountStat]) -> bool:
+    """Whether an original base stands below ``chain[0]``; not of the root of a mount namespace, which is locked."""
+    if chain[0].point == b"/" and not any(m.point == b"/" for m in chain[1:]):
+        return False
+    bases = (m for m in scene.below(chain[0].mnt_id) if is_base(m))
     return any(
         classify(scene.chain(m.mnt_id), container.baseline, scene.namespace) is MountClass.ORIGINAL_BASE
         for m in bases
