@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from interceptor.errors import InterceptorError
 from interceptor.library import GuardedChild, Interceptor, Process
 from tests import guarded as inside
 from tests.robust import support
@@ -148,6 +149,14 @@ def test_at_each_of_its_system_calls(daemon: Interceptor, deed: str) -> None:
     assert not wrong, "\n".join(f"killed at {at}: {said}" for at, said in wrong.items())
 
 
+def _replies(daemon: Interceptor) -> bool:
+    try:
+        daemon.request("ps")
+    except InterceptorError:
+        return False
+    return True
+
+
 #: System calls of a daemon that answers a question. Each death costs a start: only those that do or tell something.
 DAEMON_CALLS = (
     "sendto",
@@ -179,8 +188,8 @@ def test_the_daemon_at_each_of_its_system_calls(daemon: Interceptor, call: str) 
                     performer.begin(deeds[number % 2])
                     # Either it dies, or the deed is done without a call of that number.
                     survived = performer.answers_within(0.5)
-                # It may also die after its answer, of the last call that it was watched at.
-                survived = survived and daemon.is_running
+                # It may also die after its answer, of the last call that it was watched at, or be about to.
+                survived = survived and _replies(daemon)
                 if not survived:
                     daemon.kill()
                     daemon.start()
