@@ -278,57 +278,53 @@ def ask(path: str, op: str) -> object:
 # ---- with a daemon -------------------------------------------------------------------------------------------
 
 
+class Following:
+    """What a command of ours tells, line by line."""
+
+    def __init__(self, out: int) -> None:
+        self._out = out
+        self._buffered = bytearray()
+
+    def has_more(self, seconds: float) -> bool:
+        """Whether there is something to read within that time."""
+        return b"\n" in self._buffered or bool(select.select([self._out], [], [], seconds)[0])
+
+    def __call__(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The next event for which the condition says yes."""
+        while not condition(event := self.next()):
+            pass
+        return event
+
+    def next(self) -> dict[str, Any]:
+        """The next event."""
+        while b"\n" not in self._buffered:
+            assert self.has_more(PATIENCE), "no event"
+            data = os.read(self._out, 65536)
+            assert data, "the command has ended"
+            self._buffered.extend(data)
+        one, _, rest = bytes(self._buffered).partition(b"\n")
+        self._buffered[:] = rest
+        event = json.loads(one)
+        assert isinstance(event, dict)
+        return event
+
+
 @contextmanager
-def events_of(daemon: Interceptor) -> Iterator[Callable[[Callable[[dict[str, Any]], bool]], dict[str, Any]]]:
-    """A function that gives the next event for which another says yes."""
+def events_of(daemon: Interceptor, child: GuardedChild) -> Iterator[Following]:
+    """What ``events --follow`` tells, from the moment on at which calls of the child are among it."""
     argv = [sys.executable, "-u", "-m", "interceptor", "events", "--follow", "--json"]
     argv += ["--config", str(daemon.directory / "config.toml")]
     with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        out = process.stdout
-        buffered = bytearray()
-
-        def line() -> bytes:
-            while b"\n" not in buffered:
-                assert select.select([out], [], [], PATIENCE)[0], "no event"
-                data = os.read(out.fileno(), 65536)
-                assert data, "the command has ended"
-                buffered.extend(data)
-            one, _, rest = bytes(buffered).partition(b"\n")
-            buffered[:] = rest
-            return one
-
-        def following(condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-            while True:
-                event = json.loads(line())
-                assert isinstance(event, dict)
-                if condition(event):
-                    return event
-
+        following = Following(process.stdout.fileno())
         try:
+            deadline = time.monotonic() + PATIENCE
+            while not (following.has_more(LOOK_S) and call("/proc/uptime")(following.next())):
+                assert time.monotonic() < deadline, "calls are made, and not told"
+                child.run(["umount", "/proc/uptime"])
             yield following
         finally:
             process.terminate()
-
-
-def wait_until_followed(daemon: Interceptor, child: GuardedChild, following: Any) -> None:
-    """Until calls arrive: the command needs a moment to begin."""
-    from threading import Event as Flag
-    from threading import Thread
-
-    arrived = Flag()
-
-    def call() -> None:
-        while not arrived.is_set():
-            child.run(["umount", "/proc/uptime"])
-
-    thread = Thread(target=call)
-    thread.start()
-    try:
-        following(lambda e: e.get("path") == "/proc/uptime")
-    finally:
-        arrived.set()
-        thread.join()
 
 
 def call(path: str) -> Callable[[dict[str, Any]], bool]:
@@ -337,8 +333,7 @@ def call(path: str) -> Callable[[dict[str, Any]], bool]:
 
 @pytest.mark.root
 def test_decisions_are_told_with_caller_path_and_verdict() -> None:
-    with Interceptor() as daemon, daemon.spawn() as child, events_of(daemon) as following:
-        wait_until_followed(daemon, child, following)
+    with Interceptor() as daemon, daemon.spawn() as child, events_of(daemon, child) as following:
         child.run(["mount", "-t", "proc", "proc", "/mnt"])
         made = following(call("/mnt"))
         assert (made["operation"], made["verdict"], made["comm"]) == ("mount", "handled", "mount")
@@ -365,9 +360,8 @@ def test_a_storm_is_few_lines_with_counts_that_add_up() -> None:
         compiled() as program,
         Interceptor() as daemon,
         daemon.spawn(mounts=mounts_with(program)) as child,
-        events_of(daemon) as following,
+        events_of(daemon, child) as following,
     ):
-        wait_until_followed(daemon, child, following)
         caller = Caller(child, "none")
         try:
             caller.run(DENIED, calls)
@@ -391,8 +385,8 @@ def test_nobody_notes_and_nobody_wakes_up_when_nobody_follows() -> None:
         return int(daemon.request("stats", id=child.cid)["noted"])
 
     with Interceptor() as daemon, daemon.spawn() as child:
-        with events_of(daemon) as following:
-            wait_until_followed(daemon, child, following)
+        with events_of(daemon, child):
+            pass
         seen = noted(child)
         assert seen > 0
         # The client has hung up; the daemon hears of it, and tells the guard.
@@ -401,10 +395,13 @@ def test_nobody_notes_and_nobody_wakes_up_when_nobody_follows() -> None:
             child.run(["umount", "/proc/uptime"])
             if noted(child) == before:
                 break
-        time.sleep(1.5)  # sleep: the connections of this test end
-        before = switches(daemon.pid)
-        time.sleep(4 * LOOK_S)  # sleep: a timer that goes on would wake it up
-        assert switches(daemon.pid) == before
+        # A timer that goes on would wake it up again and again; what is under way ends.
+        deadline = time.monotonic() + PATIENCE
+        before, now = 0, switches(daemon.pid)
+        while before != now:
+            assert time.monotonic() < deadline, "the daemon goes on looking"
+            time.sleep(4 * LOOK_S)  # sleep: the time in which nothing must happen
+            before, now = now, switches(daemon.pid)
 
 
 def switches(pid: int) -> int:

@@ -7,6 +7,7 @@ import errno
 import os
 import select
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -107,8 +108,22 @@ def mount_count(pid: int | str = "self") -> int:
     return len(Path(f"/proc/{pid}/mountinfo").read_text().splitlines())
 
 
+def after_the_others(daemon: Interceptor) -> None:
+    """Wait until the daemon has closed the connections of clients that hung up before: a later one was closed."""
+    if not daemon.is_running:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as control:
+        control.settimeout(PATIENCE)
+        control.connect(daemon.control_socket)
+        control.sendall(b'{"op": "ps"}\n')
+        control.shutdown(socket.SHUT_WR)
+        while control.recv(1 << 16):
+            pass
+
+
 def holdings(daemon: Interceptor) -> dict[str, int]:
     """Descriptors and threads of everybody that stands, guards and envoys, mounts on the host and in the workshop."""
+    after_the_others(daemon)
     who = family(daemon)
     # What was welded goes a moment later, but for what is kept to be had again (interceptor/mounts/weld.py).
     staged = f" {os.path.join(daemon.config.runtime_dir, 'workshop', 'weld')}/"

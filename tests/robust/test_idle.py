@@ -33,6 +33,8 @@ def test_nobody_makes_a_system_call_while_ten_containers_idle(daemon: Intercepto
         who = support.family(daemon)
         assert (len(who.guards), len(who.envoys)) == (CONTAINERS, CONTAINERS)
         daemon.request("ps")
+        # What was welded last goes a moment later, once: that is not polling.
+        support.holdings(daemon)
         log = tmp_path / "strace"
         pids = [word for pid in who.all for word in ("-p", str(pid))]
         with subprocess.Popen(
