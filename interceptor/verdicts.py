@@ -4,7 +4,6 @@ workshop. Nothing the guard says about a mount is believed; only its descriptors
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import time
@@ -49,10 +48,7 @@ class Scene:
     def mount(self, mnt_id: int, namespace: int | None = None) -> MountStat | None:
         where = self.namespace if namespace is None else namespace
         if (mnt_id, where) not in self._known:
-            try:
-                self._known[mnt_id, where] = stat.statmount(mnt_id, where)
-            except SyscallError:
-                self._known[mnt_id, where] = None
+            self._known[mnt_id, where] = stat.find_mount(mnt_id, where)
         return self._known[mnt_id, where]
 
     def chain(self, mnt_id: int) -> list[MountStat]:
@@ -67,9 +63,14 @@ class Scene:
         return chain
 
     def below(self, mnt_id: int) -> list[MountStat]:
-        """Every mount below one."""
-        found = [self.mount(i) for i in stat.listmount(mnt_id, self.namespace)]
-        return [m for m in found if m is not None]
+        """Every mount below one; none where that has gone, or the namespace has ended."""
+        try:
+            ids = stat.listmount(mnt_id, self.namespace)
+        except SyscallError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            return []
+        return [m for m in map(self.mount, ids) if m is not None]
 
 
 class Answerer:
@@ -326,14 +327,11 @@ def _other_scenes(container: Container, scene: Scene) -> list[Scene]:
     try:
         first = namespaces.open_namespace(container.pid, "mnt")
     except OSError:
-        return scenes
+        return scenes  # its first process has ended, and everything in the container with it
     with first:
         for fd, number in namespaces.other_mount_namespaces(first, _NAMESPACES_MAX):
             if number not in known and namespaces.belongs_to(fd, container.userns):
-                with contextlib.suppress(SyscallError):  # it may have ended meanwhile
-                    other = Scene(number)
-                    other.below(stat.LSMT_ROOT)
-                    scenes.append(other)
+                scenes.append(Scene(number))
     return scenes
 
 

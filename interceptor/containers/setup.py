@@ -54,13 +54,9 @@ class Site:
 
     def mounts(self) -> list[MountStat]:
         """Every mount of the namespace; those that vanish meanwhile are left out."""
-        found = []
-        for mount_id in stat.listmount(namespace=self.namespace_id):
-            try:
-                found.append(stat.statmount(mount_id, self.namespace_id))
-            except SyscallError:
-                continue
-        return found
+        ids = stat.listmount(namespace=self.namespace_id)
+        found = (stat.find_mount(mount_id, self.namespace_id) for mount_id in ids)
+        return [mount for mount in found if mount is not None]
 
     def inside(self, point: bytes) -> bytes:
         """A mount point as the container will see it."""

@@ -9,6 +9,7 @@ mounts").
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import zlib
@@ -85,10 +86,12 @@ class Tree:
             return None
 
     def xattr(self, path: bytes, name: bytes) -> bytes | None:
-        """An extended attribute; None: it is not there."""
+        """An extended attribute; None: the file has none of that name. Raises `OSError`."""
         try:
             return os.getxattr(self.at(path), name, follow_symlinks=False)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.ENODATA, errno.ENOTSUP):
+                raise
             return None
 
     def walk(self) -> Iterator[tuple[bytes, os.stat_result]]:

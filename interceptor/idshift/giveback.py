@@ -129,7 +129,7 @@ def _finish(directory: str, claimed: OwnedFd, step: Step) -> tuple[int, str]:
     _lock(directory, claimed)
     count = _give_back(directory, True, step)
     index = load_record(directory).index
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(FileNotFoundError):
         if os.readlink(index) == os.fsencode(directory):
             os.unlink(index)
     rest = f"{directory}{OLD}{os.fstat(claimed.fileno()).st_ino}"

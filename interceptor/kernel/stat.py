@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any, NamedTuple
 
 from interceptor._native import ffi, lib
@@ -102,6 +103,16 @@ def statmount(mnt_id: int, namespace: int = 0) -> MountStat:
     )
 
 
+def find_mount(mnt_id: int, namespace: int = 0) -> MountStat | None:
+    """As `statmount`; None where there is no such mount, or no such namespace any more."""
+    try:
+        return statmount(mnt_id, namespace)
+    except SyscallError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return None
+
+
 def _string(text: Any) -> bytes:
     return bytes(ffi.string(text)) if text else b""
 
@@ -123,9 +134,5 @@ def listmount(mnt_id: int = LSMT_ROOT, namespace: int = 0) -> list[int]:
 
 
 def mount_exists(mnt_id: int, namespace: int = 0) -> bool:
-    """Whether a mount of that unique ID is in the namespace."""
-    try:
-        statmount(mnt_id, namespace)
-    except SyscallError:
-        return False
-    return True
+    """Whether a mount of that unique ID is in the namespace. Raises as `statmount`, but for ENOENT."""
+    return find_mount(mnt_id, namespace) is not None
