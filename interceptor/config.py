@@ -67,6 +67,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     #: Raise values of the host where the view's tables say so and a container asks for more.
     host_writes: _Flag = True
 
+    #: /proc/meminfo, cpuinfo, stat, loadavg, diskstats and the list of processors show the container's cgroup.
+    cgroup_aware: _Flag = False
+
     #: How long a guard waits for the daemon's verdict before it lets the kernel decide.
     question_timeout: Annotated[float, Meta(ge=0.1, le=60, description="seconds, 0.1 to 60")] = 10.0
     #: How long a runtime that has connected may take to send its listener.

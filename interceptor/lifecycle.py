@@ -9,6 +9,7 @@ from collections import OrderedDict
 from typing import Any
 
 from interceptor.config import Config
+from interceptor.containers.cgroups import cgroups_of
 from interceptor.containers.envoys import Envoys
 from interceptor.containers.prepared import Preparations
 from interceptor.containers.registry import Container, Registry, baseline_of, facts_of, to_record
@@ -25,7 +26,7 @@ from interceptor.kernel.fd import OwnedFd, is_ready
 from interceptor.kernel.namespaces import open_namespace, visiting
 from interceptor.kernel.process import pidfd_open
 from interceptor.mounts.composite import HARDENED, Composer, Material, Shields
-from interceptor.mounts.managed import VIEW_PROC, VIEW_SYS, make_plan
+from interceptor.mounts.managed import make_plan, viewed
 from interceptor.mounts.weld import Bench, Janitor, Kept, Shelf, Welder
 from interceptor.observe.log import get_logger
 from interceptor.oci.state import ContainerProcessState, State
@@ -34,7 +35,6 @@ from interceptor.view.client import ViewClient
 from interceptor.watch import Watch
 
 _GUARD_MODES = {"real": 0, "continue": 1, "random": 2}
-_VIEW_PATHS = [(b"proc", p) for p in VIEW_PROC] + [(b"sysfs", p) for p in VIEW_SYS]
 
 
 class Lifecycle:
@@ -136,7 +136,7 @@ class Lifecycle:
         site = Site(
             mntns, stat.mount_namespace_id(mntns), self._keeper.namespace, b"/" if late else bundle.root
         )
-        plan = make_plan(bundle.masked, bundle.readonly)
+        plan = make_plan(bundle.masked, bundle.readonly, cgroup_aware=self._config.cgroup_aware)
         material = Material(
             plan, Shelf.create(self._shelf_path(state.id), self._janitor), self._composer.made
         )
@@ -211,16 +211,16 @@ class Lifecycle:
                 pidfd=pidfd,
                 namespaces=(userns, netns, ipc, uts),
                 bare=(proc, sys_),
+                cgroups=cgroups_of(state.pid) if self._config.cgroup_aware else None,
             )
 
     def _shelf_path(self, cid: str) -> str:
         return os.path.join(self._keeper.workshop_root, "shelf", cid)
 
     def _keep_view(self, cid: str, material: Material) -> None:
-        places = {
-            f"{cid}/{'proc' if fstype == b'proc' else 'sys'}/{os.fsdecode(path)}": (fstype, path)
-            for fstype, path in _VIEW_PATHS
-        }
+        proc, sys = viewed(self._config.cgroup_aware)
+        places = {f"{cid}/proc/{os.fsdecode(path)}": (b"proc", path) for path in proc}
+        places |= {f"{cid}/sys/{os.fsdecode(path)}": (b"sysfs", path) for path in sys}
         # What is left out the machine does not have: /sys/module/nf_conntrack without the module.
         for place, part in self._keeper.view_parts(list(places)).items():
             mount.mount_setattr(part, set_=HARDENED)

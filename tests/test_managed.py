@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from interceptor.mounts.managed import VIEW_PROC, VIEW_SYS, Cover, make_plan
+from interceptor.mounts.managed import CGROUP_PROC, CGROUP_SYS, VIEW_PROC, VIEW_SYS, Cover, make_plan
 
 names = st.binary(min_size=1, max_size=6).filter(
     lambda n: b"/" not in n and b"\0" not in n and n not in (b".", b"..")
@@ -25,6 +25,12 @@ def test_without_a_runtimes_wishes_the_view_is_all() -> None:
     plan = make_plan()
     assert set(covers(plan.proc)) == set(VIEW_PROC)
     assert set(covers(plan.sys)) == set(VIEW_SYS)
+
+
+def test_what_shows_the_cgroup_is_covered_on_demand_only() -> None:
+    plan = make_plan(cgroup_aware=True)
+    assert set(covers(plan.proc)) == {*VIEW_PROC, *CGROUP_PROC}
+    assert set(covers(plan.sys)) == {*VIEW_SYS, *CGROUP_SYS}
 
 
 def test_masked_and_readonly_paths_of_a_usual_bundle() -> None:

@@ -51,6 +51,7 @@ PURE = {
     *("interceptor.observe.exposition", "interceptor.observe.feed", "interceptor.observe.latency"),
     *("interceptor.idshift.choose", "interceptor.idshift.overlay", "interceptor.idshift.subid"),
     *("interceptor.idshift.changes", "interceptor.idshift.owners"),
+    *("interceptor.view.cgroup", "interceptor.view.resources"),
     *(
         "interceptor.oci.commandline",
         "interceptor.oci.profile",

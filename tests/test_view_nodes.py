@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from interceptor.mounts.managed import CGROUP_PROC, VIEW_PROC, viewed
 from interceptor.view import proc
 from interceptor.view import sys as sysfs
 from interceptor.view.envoy import Container, Envoy
@@ -51,6 +52,12 @@ class Clock:
         return self.ratio
 
     def read(self, base: Base, path: bytes) -> bytes | None:
+        return None
+
+    def read_all(self, base: Base, path: bytes) -> bytes | None:
+        return None
+
+    def read_cgroup(self, top: str, path: str) -> bytes | None:
         return None
 
 
@@ -149,7 +156,10 @@ def test_directories_that_lead_to_rows_exist_and_list_them() -> None:
     assert module is not None and module.source is Directory.OF_ROWS and module.mode == stat.S_IFDIR | 0o555
     assert set(TABLE.children(Base.SYS, b"")) == {b"kernel", b"devices", b"module"}
     assert set(TABLE.children(Base.SYS, b"module/nf_conntrack")) == {b"parameters"}
-    assert set(TABLE.children(Base.PROC, b"")) == {b"uptime", b"swaps", b"sys"}
+    assert set(TABLE.children(Base.PROC, b"")) == {*VIEW_PROC, *CGROUP_PROC}
+    for paths, base in zip(viewed(True), (Base.PROC, Base.SYS), strict=True):
+        for path in paths:
+            assert TABLE.find(base, path) is not None, "what stands on a managed path is in the tables"
 
 
 def test_no_directory_is_made_up_inside_the_real_tree() -> None:

@@ -53,11 +53,12 @@ class Envoys:
         pidfd: OwnedFd,
         namespaces: Sequence[OwnedFd],
         bare: Sequence[OwnedFd],
+        cgroups: dict[str, Any] | None = None,
     ) -> Forked:
         """The envoy and the container's subtree of the view, which asks it. Raises `InterceptorError`.
 
         ``ids`` are what the container's root is on the host; ``namespaces``: user, network, IPC, UTS; ``bare``:
-        procfs and sysfs.
+        procfs and sysfs. ``cgroups``: see `interceptor.view.protocol.Cgroups`.
         """
         userns, *others = (os.fstat(fd.fileno()).st_ino for fd in namespaces)
         order = add_order(
@@ -69,6 +70,7 @@ class Envoys:
             userns=userns,
             namespaces=others,
             proc_mount=statx(bare[0]).mnt_id,
+            cgroups=cgroups,
         )
         parts = [pidfd, *bare, *namespaces]
         self._keeper.store(f"e/{cid}", order, [fd.fileno() for fd in parts])

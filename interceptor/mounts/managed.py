@@ -11,6 +11,10 @@ from functools import cached_property
 VIEW_PROC = (b"uptime", b"swaps", b"sys")
 VIEW_SYS = (b"kernel", b"devices/virtual", b"module/nf_conntrack/parameters")
 
+#: Those that are covered as well where the configuration says ``cgroup_aware``.
+CGROUP_PROC = (b"meminfo", b"cpuinfo", b"stat", b"loadavg", b"diskstats")
+CGROUP_SYS = (b"devices/system/cpu/online",)
+
 BASE_TYPES = (b"proc", b"sysfs")
 
 
@@ -60,14 +64,23 @@ class _Draft:
     readonly: set[bytes] = field(default_factory=set)
 
 
-def make_plan(masked: Iterable[bytes] = (), readonly: Iterable[bytes] = ()) -> Plan:
+def viewed(cgroup_aware: bool) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+    """The paths that the view stands in for, in procfs and in sysfs."""
+    return (
+        VIEW_PROC + (CGROUP_PROC if cgroup_aware else ()),
+        VIEW_SYS + (CGROUP_SYS if cgroup_aware else ()),
+    )
+
+
+def make_plan(
+    masked: Iterable[bytes] = (), readonly: Iterable[bytes] = (), *, cgroup_aware: bool = False
+) -> Plan:
     """The plan for a container with these OCI maskedPaths and readonlyPaths (absolute; others than procfs's and
     sysfs's are the runtime's business). A path that is both masked and managed is masked.
     """
     masked, readonly = list(masked), list(readonly)
-    return Plan(
-        proc=_plan(b"/proc/", VIEW_PROC, masked, readonly), sys=_plan(b"/sys/", VIEW_SYS, masked, readonly)
-    )
+    proc, sys = viewed(cgroup_aware)
+    return Plan(proc=_plan(b"/proc/", proc, masked, readonly), sys=_plan(b"/sys/", sys, masked, readonly))
 
 
 def _plan(

@@ -79,9 +79,12 @@ def add_order(
     userns: int,
     namespaces: list[int],
     proc_mount: int,
+    cgroups: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The order to serve a container (`interceptor.view.protocol.Add`)."""
     return {
+        # Only where they are shown: an older view does not know of them.
+        **({"cgroups": cgroups} if cgroups is not None else {}),
         "op": "add",
         "id": cid,
         "uid": uid,

@@ -14,13 +14,18 @@ from typing import NamedTuple
 import structlog
 
 from interceptor.kernel.fd import OwnedFd
+from interceptor.kernel.flags import ResolveFlag
 from interceptor.kernel.namespaces import owners
+from interceptor.kernel.process import openat2
 from interceptor.view.nodes import Capability
 from interceptor.view.protocol import Base, Namespace
 
 log = structlog.get_logger(__name__)
 
 _READ_MAX = 4096
+_PART = 1 << 16
+_PARTS_MAX = 1 << 10
+_WITHIN = ResolveFlag.RESOLVE_BENEATH | ResolveFlag.RESOLVE_NO_SYMLINKS | ResolveFlag.RESOLVE_NO_XDEV
 _STATUS_MAX = 16384
 
 
@@ -71,6 +76,22 @@ class OverflowIds:
     gid: int = 65534
 
 
+def read_cgroup(top: str, path: str) -> bytes | None:
+    """What a file in a cgroup hierarchy says, as much as anybody needs of it; None if there is none, or no longer.
+
+    The path may have names that a container gave, so it leads nowhere but to that hierarchy: cgroups have no links, and
+    no mount is crossed.
+    """
+    try:
+        with (
+            OwnedFd(os.open(top, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as directory,
+            openat2(directory, path, os.O_RDONLY | os.O_NONBLOCK, _WITHIN) as file,
+        ):
+            return os.read(file.fileno(), _PART)
+    except OSError:
+        return None
+
+
 class KernelHost:
     """The real one."""
 
@@ -103,6 +124,23 @@ class KernelHost:
             return None
         finally:
             os.close(fd)
+
+    def read_all(self, base: Base, path: bytes) -> bytes | None:
+        """As `read`, of a node that may say much: /proc/cpuinfo has a page for each processor."""
+        try:
+            with OwnedFd(
+                os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._bases[base])
+            ) as file:
+                parts: list[bytes] = []
+                while len(part := os.read(file.fileno(), _PART)) and len(parts) < _PARTS_MAX:
+                    parts.append(part)
+                return b"".join(parts)
+        except OSError:
+            return None
+
+    def read_cgroup(self, top: str, path: str) -> bytes | None:
+        """See `read_cgroup` of this module."""
+        return read_cgroup(top, path)
 
     def raise_to(self, base: Base, path: bytes, value: int) -> None:
         """Raises a number of the host's to ``value``, unless it is that large already or must not be changed."""

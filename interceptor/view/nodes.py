@@ -12,11 +12,12 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
-from interceptor.view.protocol import Base, Namespace
+from interceptor.view.protocol import Base, Cgroups, Namespace
+from interceptor.view.resources import Account
 
 if TYPE_CHECKING:
     from interceptor.view.sysctl import Check
@@ -46,6 +47,10 @@ class Owner:
     """Inode number of its user namespace; 0 if not known."""
     namespaces: tuple[int, int, int] = (0, 0, 0)
     """Inode numbers of its network, IPC and UTS namespaces (`Namespace`); 0 if not known."""
+    cgroups: Cgroups | None = None
+    """Its cgroup, where nodes show that."""
+    account: Account = field(default_factory=Account, compare=False)
+    """What such nodes have said."""
 
 
 class Host(Protocol):
@@ -59,6 +64,12 @@ class Host(Protocol):
 
     def read(self, base: Base, path: bytes) -> bytes | None:
         """What the host's own node says; None if it has none or does not tell."""
+
+    def read_all(self, base: Base, path: bytes) -> bytes | None:
+        """The same of a node that may say much."""
+
+    def read_cgroup(self, top: str, path: str) -> bytes | None:
+        """What a file in a cgroup hierarchy says, which is mounted at ``top``; None if there is none."""
 
 
 class Real(Enum):

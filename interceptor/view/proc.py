@@ -12,6 +12,7 @@ import errno
 import stat
 import uuid as uuids
 
+from interceptor.view import limited
 from interceptor.view.nodes import (
     Capability,
     Effect,
@@ -297,6 +298,15 @@ _NET = (
     real(b"sys/net", cache_s=10, namespace=NET, rights=NETWORK),
 )
 
+#: What stands on them in a container is the view only with `cgroup_aware` (interceptor/mounts/managed.py).
+_LIMITED = (
+    text(b"meminfo", limited.meminfo),
+    text(b"cpuinfo", limited.cpuinfo),
+    text(b"stat", limited.stat),
+    text(b"loadavg", limited.loadavg),
+    text(b"diskstats", limited.diskstats),
+)
+
 ROWS: tuple[Row, ...] = (
     text(b"uptime", uptime),
     text(b"swaps", constant(SWAPS_HEADER)),
@@ -317,4 +327,5 @@ ROWS: tuple[Row, ...] = (
     *_KERNEL,
     *_VM,
     *_NET,
+    *_LIMITED,
 )

@@ -179,6 +179,19 @@ class _Message(
     """Repeated in the answer: answers to questions of somebody who was killed are told apart by it."""
 
 
+class Cgroups(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The cgroup of a container at its creation.
+
+    ``places`` tells by controller where its hierarchy is mounted and the cgroup's path in that (`cgroup.UNIFIED`:
+    version 2); the rest is how much time had been used in it, in microseconds.
+    """
+
+    places: dict[str, tuple[str, str]]
+    user_us: Number = 0
+    system_us: Number = 0
+    stalled_us: Number = 0
+
+
 class Add(_Message, frozen=True):
     """Serve a container; beside it one descriptor, the socket to its envoy.
 
@@ -186,7 +199,7 @@ class Add(_Message, frozen=True):
     nanoseconds of CLOCK_BOOTTIME; ``groups`` is how many ids are mapped from 0 on; ``userns`` is the inode number of
     its user namespace, ``namespaces`` are those of its network, IPC and UTS namespaces, ``proc_mount`` is the unique
     mount ID of the procfs that its envoy has; 0 where not known, and then the envoy is not asked for what needs it.
-    Naming a container whose envoy has ended gives it a new one.
+    Naming a container whose envoy has ended gives it a new one. ``cgroups`` is there where nodes are to show them.
     """
 
     id: ContainerId
@@ -197,6 +210,7 @@ class Add(_Message, frozen=True):
     userns: Number = 0
     namespaces: tuple[Number, Number, Number] = (0, 0, 0)
     proc_mount: Number = 0
+    cgroups: Cgroups | None = None
 
 
 class Remove(_Message, frozen=True):

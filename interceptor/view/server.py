@@ -204,7 +204,7 @@ class Server:
     def _add(self, message: Add, sock: socket.socket) -> bytes:
         owner = Owner(
             *(message.id, message.uid, message.gid, message.created_ns),
-            *(message.groups, message.userns, message.namespaces),
+            *(message.groups, message.userns, message.namespaces, message.cgroups),
         )
         known = self._view.containers.get(message.id)
         if known is not None:

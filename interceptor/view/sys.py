@@ -7,6 +7,7 @@ import stat
 import uuid as uuids
 from collections.abc import Callable
 
+from interceptor.view import limited
 from interceptor.view.nodes import (
     Effect,
     Host,
@@ -82,6 +83,8 @@ ROWS: tuple[Row, ...] = (
     # Readable as the host's; a virtual host has a kernel of its own to tune, a container may not touch ours.
     real(b"kernel", mode=stat.S_IFDIR | 0o755, effect=Effect.NONE, cache_s=10, refusal=errno.EPERM),
     # Mount points of filesystems that show the host's innards.
+    # As `_LIMITED` of proc.py.
+    text(b"devices/system/cpu/online", limited.online),
     directory(b"kernel/config"),
     directory(b"kernel/debug"),
     directory(b"kernel/tracing"),
