@@ -14,10 +14,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import structlog
-
 from interceptor.errors import ProtocolError
 from interceptor.view.host import OverflowIds, Within
+from interceptor.view.log import Logger
 from interceptor.view.nodes import NodeError, Owner
 from interceptor.view.protocol import (
     DATA_MAX,
@@ -36,7 +35,7 @@ from interceptor.view.protocol import (
 from interceptor.view.tasks import Waiting
 from interceptor.view.values import Values
 
-log = structlog.get_logger(__name__)
+log = Logger()
 
 PENDING_MAX = 512
 """Most requests that may wait for one envoy. More fail with EAGAIN, so that one container cannot take up the server."""

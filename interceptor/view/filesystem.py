@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple, TypeVar
 
-import structlog
-
 from interceptor.kernel.fuse import NodeFlag, Pump
 from interceptor.view import proc, wire
 from interceptor.view import sys as sysfs
@@ -28,8 +26,6 @@ from interceptor.view.pages import Pages
 from interceptor.view.protocol import DATA_MAX, NAME_MAX, PATH_MAX, Attr, Base, Op, is_name
 from interceptor.view.rights import EXECUTE, READ, WRITE, Caller, may
 from interceptor.view.wire import Opcode, OpenFlag, Request
-
-log = structlog.get_logger(__name__)
 
 TABLE = Table({Base.PROC: proc.ROWS, Base.SYS: sysfs.ROWS})
 ROOT_MODE = 0o711

@@ -11,16 +11,15 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import structlog
-
 from interceptor.kernel.fd import OwnedFd
 from interceptor.kernel.flags import ResolveFlag
 from interceptor.kernel.namespaces import owners
 from interceptor.kernel.process import openat2
+from interceptor.view.log import Logger
 from interceptor.view.nodes import Capability
 from interceptor.view.protocol import Base, Namespace
 
-log = structlog.get_logger(__name__)
+log = Logger()
 
 _READ_MAX = 4096
 _PART = 1 << 16

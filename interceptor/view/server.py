@@ -23,13 +23,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-import structlog
-
 from interceptor.errors import ProtocolError
 from interceptor.view.envoy import TIME_LIMIT_S, Container, Envoy
 from interceptor.view.filesystem import TABLE, View
 from interceptor.view.host import KernelHost
 from interceptor.view.inodes import InodeTable, Ledger
+from interceptor.view.log import LEVELS, Logger, configure
 from interceptor.view.nodes import Owner
 from interceptor.view.protocol import (
     CONTROL_MAX,
@@ -47,7 +46,7 @@ from interceptor.view.protocol import (
 from interceptor.view.session import Session
 from interceptor.view.values import Values
 
-log = structlog.get_logger(__name__)
+log = Logger()
 
 _FDS_MAX = 8
 
@@ -286,22 +285,6 @@ def _envoy_socket(fd: int) -> socket.socket:
     return sock
 
 
-def configure_log(level: str) -> None:
-    """Log to standard error, one line an event."""
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.processors.KeyValueRenderer(key_order=["timestamp", "level", "event"]),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m interceptor.view.server", description="Serve the view.")
@@ -314,10 +297,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--state", metavar="DIR", help="where to keep what a successor needs")
     parser.add_argument("--no-host-writes", action="store_true", help="never raise a value of the host")
     parser.add_argument("--envoy-timeout", type=float, default=TIME_LIMIT_S, metavar="SECONDS")
-    parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
+    parser.add_argument("--log-level", default="warning", choices=list(LEVELS))
     options = parser.parse_args(arguments)
 
-    configure_log(options.log_level)
+    configure(options.log_level)
     control, boot = (socket.socket(fileno=fd) for fd in (options.control_fd, options.boot_fd))
     for fd in (options.device_fd, options.control_fd, options.boot_fd):
         os.set_inheritable(fd, False)

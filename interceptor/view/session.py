@@ -12,15 +12,14 @@ import os
 import time
 from collections.abc import Callable
 
-import structlog
-
 from interceptor.kernel.fuse import Pump
 from interceptor.view import wire
 from interceptor.view.filesystem import View
+from interceptor.view.log import Logger
 from interceptor.view.tasks import Task
 from interceptor.view.wire import Opcode, Request
 
-log = structlog.get_logger(__name__)
+log = Logger()
 
 _BATCH = 64
 """Most requests that are taken before others get their turn: envoys, orders."""

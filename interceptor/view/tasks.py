@@ -9,11 +9,10 @@ import errno
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
-import structlog
-
+from interceptor.view.log import Logger
 from interceptor.view.nodes import NodeError
 
-log = structlog.get_logger(__name__)
+log = Logger()
 
 
 class Waiting:
