@@ -13,6 +13,7 @@ from interceptor.containers.cgroups import cgroups_of
 from interceptor.containers.envoys import Envoys
 from interceptor.containers.prepared import Preparations
 from interceptor.containers.registry import Container, Registry, baseline_of, facts_of, to_record
+from interceptor.containers.renewal import Renewal
 from interceptor.containers.setup import Builder, Site
 from interceptor.containers.spec import Bundle, host_id_of_root, read_bundle
 from interceptor.errors import ContainerError, InterceptorError
@@ -50,7 +51,9 @@ class Lifecycle:
         self._log = get_logger()
         root = keeper.workshop_root
         self._view_device = stat.statx(mount.AT_FDCWD, os.path.join(root, "view")).dev
-        self._envoys = Envoys(keeper, ViewClient(keeper.view), self._persist)
+        view = ViewClient(keeper.view)
+        self._envoys = Envoys(keeper, view, self._persist)
+        self._renewal = Renewal(view, self._loop)
         self._janitor = Janitor()
         staging = os.path.join(root, "weld")
         welder = Welder(keeper.welder, staging, keeper.namespace, self._loop.call_later, self._janitor)
@@ -401,6 +404,7 @@ class Lifecycle:
             if key.startswith("o/") and self._registry.get(key[2:]) is not None:
                 _, fds = self._keeper.fetch(key)
                 self._keep_in_step(key[2:], Pair(*fds))
+        self._renewal.begin()
         # What ended while no daemon was there left its material behind.
         shelves = os.path.join(self._keeper.workshop_root, "shelf")
         for name in os.listdir(shelves):

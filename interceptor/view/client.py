@@ -6,6 +6,7 @@ import itertools
 import select
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 from interceptor.errors import InterceptorError
@@ -26,6 +27,12 @@ class ViewClient:
     def __init__(self, fd: OwnedFd) -> None:
         self._sock = socket.socket(fileno=fd.take())
         self._numbers = itertools.count(time.monotonic_ns())
+        self.unasked: Callable[[dict[str, Any]], None] = lambda _reply: None
+        """Gets answers that nobody waits for."""
+
+    def fileno(self) -> int:
+        """The socket's descriptor: readable when there is an answer that nobody waits for."""
+        return self._sock.fileno()
 
     def _order(self, message: dict[str, Any], fds: list[int] | None = None) -> None:
         try:
@@ -37,14 +44,22 @@ class ViewClient:
 
     def _send(self, message: dict[str, Any], fds: list[int] | None = None) -> int:
         """Sends an order without waiting for room or answer; its number."""
-        while is_ready(self._sock):
-            if receive_packet(self._sock)[0] is None:  # else to a question that nobody asks any more
-                raise InterceptorError("the view is gone", "restart the service")
+        self.take_unasked()
         if not is_ready(self._sock, 0, select.POLLOUT):
             raise InterceptorError("the view takes no orders", "see the log of the view")
         number = next(self._numbers)
         send_packet(self._sock, message | {"n": number}, fds)
         return number
+
+    def take_unasked(self, patience_s: float = 0) -> None:
+        """Passes on what is there already, or what comes first in so many seconds."""
+        while is_ready(self._sock, patience_s):
+            patience_s = 0
+            reply, _ = receive_packet(self._sock)
+            if reply is None:
+                raise InterceptorError("the view is gone", "restart the service")
+            if isinstance(reply, dict):
+                self.unasked(reply)
 
     def _answer(self, number: int) -> dict[str, Any]:
         # Not by a timeout of the socket, which others hold too and which it would make non-blocking.
@@ -55,6 +70,8 @@ class ViewClient:
                 raise InterceptorError("the view is gone", "restart the service")
             if isinstance(reply, dict) and reply.get("n") == number:
                 return reply
+            if isinstance(reply, dict):
+                self.unasked(reply)
         raise InterceptorError(f"the view gave no answer in {TIMEOUT_S:g} s", "see the log of the view")
 
     def add(self, message: dict[str, Any], envoy: int) -> None:
@@ -63,8 +80,12 @@ class ViewClient:
 
     def remove(self, cid: str) -> None:
         """The container is gone. Nobody waits for the answer: an end must not depend on the view."""
+        self.tell("remove", id=cid)
+
+    def tell(self, op: str, **fields: str) -> int:
+        """An order whose answer goes to `unasked`; its number. Raises `InterceptorError`."""
         try:
-            self._send({"op": "remove", "id": cid})
+            return self._send({"op": op, **fields})
         except (OSError, ValueError) as error:
             raise InterceptorError(f"the view does not answer: {error}", "restart the service") from error
 

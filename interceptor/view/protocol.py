@@ -231,11 +231,19 @@ class Ping(_Message, frozen=True):
     """Nothing but an answer."""
 
 
+class Version(_Message, frozen=True):
+    """Which one this is: the answer has ``version`` (`interceptor.view.version`). Older ones do not know this."""
+
+
+class HandOver(_Message, frozen=True):
+    """End, for a successor to go on: what was begun is brought to its end, as far as that is soon, and nothing else."""
+
+
 class Quit(_Message, frozen=True):
     """End. The mount stays, without anybody to serve it unless the connection is held elsewhere."""
 
 
-Message = Add | Remove | List | Begin | Ping | Quit
+Message = Add | Remove | List | Begin | Ping | Version | HandOver | Quit
 _message_decoder: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
 _encoder = msgspec.json.Encoder()
 

@@ -34,21 +34,26 @@ from interceptor.view.protocol import (
     CONTROL_MAX,
     Add,
     Begin,
+    HandOver,
     List,
     Message,
     Ping,
     Quit,
     Remove,
+    Version,
     decode_message,
     encode_answer,
     number_of,
 )
 from interceptor.view.session import Session
 from interceptor.view.values import Values
+from interceptor.view.version import version
 
 log = Logger()
 
 _FDS_MAX = 8
+FAREWELL_S = 0.2
+"""How long a server that hands over waits for envoys. All containers wait meanwhile."""
 
 
 class Server:
@@ -70,6 +75,8 @@ class Server:
         self._running = True
         self._orphaned = False
         self._begun = False
+        self._version = version()
+        self._leaves_at: float | None = None
 
     def run(self, control: socket.socket, boot: socket.socket) -> None:
         """Serve until told to quit, unmounted, or left without anybody to serve. Takes over both sockets."""
@@ -93,6 +100,11 @@ class Server:
                 self._asked.discard(envoy)
             else:
                 limit = left if limit < 0 else min(limit, left)
+        if self._leaves_at is not None:
+            if not self._session.is_busy or now >= self._leaves_at:
+                self.stop()
+                return
+            limit = self._leaves_at - now if limit < 0 else min(limit, self._leaves_at - now)
         for fd, events in self._poll.poll(limit):
             ready = self._ready.get(fd)
             if ready is not None:  # else closed by what was ready before it
@@ -101,6 +113,12 @@ class Server:
     def stop(self) -> None:
         """End `run` after what it is doing."""
         self._running = False
+
+    def _hand_over(self) -> None:
+        """Take nothing more, neither from the kernel nor of orders: a successor finds it there."""
+        self._leaves_at = time.monotonic() + FAREWELL_S
+        self._unwatch(self._session.fileno())
+        self._unwatch(self._control.fileno())
 
     def _watch(self, fd: int, ready: Callable[[int], None]) -> None:
         self._ready[fd] = ready
@@ -194,6 +212,10 @@ class Server:
                 return encode_answer(containers=alive, n=message.n)
             case Begin():
                 return self._begin()
+            case Version():
+                return encode_answer(version=self._version, n=message.n)
+            case HandOver():
+                self._hand_over()
             case Quit():
                 self.stop()
             case Ping() | Add():

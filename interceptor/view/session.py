@@ -46,6 +46,11 @@ class Session:
         """The device's descriptor."""
         return self._device
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether something was read that is not answered yet."""
+        return bool(self._waiting)
+
     def take_over(self) -> None:
         """Have the kernel send again what a predecessor read and did not answer."""
         try:
