@@ -353,10 +353,10 @@ enum {
 	IX_NODE_TEXT = 8,      /* what is said of it can be read from any position */
 };
 /* What an envoy is the end of: its container's bare procfs, by unique mount ID, and the inode numbers of its network,
- * IPC and UTS namespaces; 0 where not known. */
+ * IPC, UTS and user namespaces; 0 where not known. */
 struct ix_home {
 	uint64_t proc_mount;
-	uint64_t ns[3];
+	uint64_t ns[4];
 };
 struct ix_pump;
 struct ix_pump *ix_pump_new(int device, int proc_fd, uint64_t handle);

@@ -178,7 +178,7 @@ int ix_pump_learn(struct ix_pump *pump, uint64_t id, int envoy, int base, int fl
 		  size_t len)
 {
 	struct node *node;
-	if (len > PATHS_MAX || envoy < 0 || envoy >= pump->envoy_count || ns < -1 || ns > 2)
+	if (len > PATHS_MAX || envoy < 0 || envoy >= pump->envoy_count || ns < -1 || ns > 3)
 		return -EINVAL;
 	ix_pump_forget(pump, id);
 	node = malloc(sizeof(*node) + len);
@@ -234,7 +234,7 @@ static void answer(const struct ix_pump *pump, uint64_t unique, int error, const
 /* Whether the caller, who waits for us, is in the container's own namespace where the node is one of such. */
 static bool is_at_home(const struct ix_pump *pump, const struct node *node, uint32_t pid)
 {
-	static const char *const names[] = {"net", "ipc", "uts"};
+	static const char *const names[] = {"net", "ipc", "uts", "user"};
 	struct stat st;
 	char path[32];
 	uint64_t home = node->ns < 0 ? 0 : pump->envoys[node->envoy].home.ns[node->ns];

@@ -191,3 +191,97 @@ def test_an_inner_root_in_the_containers_network_may_not_write(view: ViewProcess
         return [outcome(write, node(f"proc/{FORWARD}"), "1"), outcome(write, node(f"proc/{SHMMNI}"), "99")]
 
     assert view.run(inside, box) == ["EACCES", 2]
+
+
+# ---- user namespaces ---------------------------------------------------------------------------------------
+
+LIMIT = "sys/user/max_net_namespaces"
+OTHER = "sys/user/max_uts_namespaces"
+
+
+def limits_further_in(where: Callable[[str], str]) -> list[object]:
+    """What the roots of user namespaces in each other find and set, and somebody in the innermost one."""
+    said: list[object] = [read(where(LIMIT)), outcome(write, where(OTHER), "1111")]
+    held = os.open(where(LIMIT), os.O_RDONLY)
+    uid, gid = os.geteuid(), os.getegid()
+    for value in ("77", "66"):
+        unshare(CLONE_NEWUSER)
+        prctl.set_dumpable(1)
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
+        Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
+        said += [read(where(OTHER)), read(where(LIMIT)) == said[0], os.access(where(LIMIT), os.W_OK)]
+        said += [outcome(write, where(LIMIT), value), read(where(LIMIT)), outcome(write, where(LIMIT), "x")]
+        said += [outcome(write, where(LIMIT), "-1"), oct(os.stat(where(LIMIT)).st_mode)]
+        said += [sorted(os.listdir(where("sys/user"))), outcome(read, where("sys/user/none"))]
+        fd = os.open(where(LIMIT), os.O_RDWR)
+        said += [os.pread(fd, 100, 0).decode(), os.pread(fd, 1, 1).decode(), os.write(fd, b"55\n")]
+        said.append(os.pread(fd, 100, 0).decode())
+        os.close(fd)
+    pid = forked(lambda: without_rights(where))
+    said += [reap(pid), read(where(LIMIT)), os.pread(held, 100, 0).decode() == said[0]]
+    os.close(held)
+    return said
+
+
+def without_rights(where: Callable[[str], str]) -> None:
+    prctl.cap_effective.limit()
+    assert outcome(write, where(LIMIT), "5") == "EACCES" and read(where(LIMIT)) == "55\n"
+    assert outcome(os.open, where(LIMIT), os.O_RDONLY) != "EACCES"
+
+
+def test_limits_are_those_of_the_callers_user_namespace(view: ViewProcess, box: Sandbox) -> None:
+    def real(path: str) -> str:
+        return f"/proc/self/fd/{box.proc.fileno()}/{path}"
+
+    def shown(path: str) -> str:
+        return node(f"proc/{path}")
+
+    host = Path(f"/proc/{LIMIT}").read_text()
+    before = view.run(lambda: read(shown(LIMIT)), box)
+    by_the_kernel = view.run(lambda: limits_further_in(real), box)
+    assert view.run(lambda: limits_further_in(shown), box) == by_the_kernel
+    assert "77\n" in by_the_kernel and "66\n" in by_the_kernel and by_the_kernel[-3:] == [0, "55\n", True]
+    assert view.run(lambda: [read(shown(LIMIT)), read(shown(OTHER))], box) == [before, "1111\n"]
+    assert Path(f"/proc/{LIMIT}").read_text() == host
+
+
+def test_a_limit_of_an_inner_namespace_holds(view: ViewProcess, box: Sandbox) -> None:
+    def inside() -> list[object]:
+        become_inner_root()
+        said = [outcome(unshare, CLONE_NEWUTS), outcome(write, node(f"proc/{OTHER}"), "1")]
+        return [*said, outcome(unshare, CLONE_NEWUTS), outcome(unshare, CLONE_NEWIPC)]
+
+    assert view.run(inside, box) == [None, 1, "ENOSPC", None]
+
+
+def test_user_namespaces_of_others_show_the_containers_own(view: ViewProcess, box: Sandbox) -> None:
+    """The host's, and another container's: nothing of theirs is read or written."""
+    host = Path(f"/proc/{LIMIT}").read_text()
+    view.run(lambda: write(node(f"proc/{LIMIT}"), "4321"), box)
+    assert view.run(lambda: read(node(f"proc/{LIMIT}"))) == "4321\n"
+    view.run(lambda: write(node(f"proc/{LIMIT}"), "4322"))
+    assert view.run(lambda: read(node(f"proc/{LIMIT}")), box) == "4322\n"
+    other = Sandbox("other")
+    try:
+        view.add(other)
+        assert view.run(lambda: read(node(f"proc/{LIMIT}")), other) == "4322\n"
+        assert view.run(lambda: outcome(write, node(f"proc/{LIMIT}"), "1"), other) == "EACCES"
+    finally:
+        other.stop()
+    assert Path(f"/proc/{LIMIT}").read_text() == host
+
+
+def test_many_in_inner_user_namespaces_leave_nothing_behind(view: ViewProcess, box: Sandbox) -> None:
+    """The envoy's children: none of them stays, and no descriptor."""
+
+    def inside() -> list[str]:
+        become_inner_root()
+        write(node(f"proc/{LIMIT}"), "12")
+        return sorted({read(node(f"proc/{LIMIT}")) for _ in range(200)})
+
+    view.run(inside, box)
+    before = len(os.listdir(f"/proc/{box.envoy}/fd")), view.fds()
+    assert view.run(inside, box) == ["12\n"]
+    assert (len(os.listdir(f"/proc/{box.envoy}/fd")), view.fds()) == before
+    assert Path(f"/proc/{box.envoy}/task/{box.envoy}/children").read_text() == ""

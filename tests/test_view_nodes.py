@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import stat
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -12,11 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from interceptor.kernel.fd import OwnedFd
 from interceptor.mounts.managed import CGROUP_PROC, VIEW_PROC, viewed
 from interceptor.view import proc
 from interceptor.view import sys as sysfs
 from interceptor.view.envoy import Container, Envoy
-from interceptor.view.host import OverflowIds
+from interceptor.view.host import OverflowIds, Within
 from interceptor.view.inodes import InodeTable, Ledger
 from interceptor.view.nodes import (
     REAL,
@@ -31,7 +34,8 @@ from interceptor.view.nodes import (
     real,
     text,
 )
-from interceptor.view.protocol import Base
+from interceptor.view.protocol import Base, Namespace, Op, Reply
+from interceptor.view.tasks import Task
 from interceptor.view.values import Values
 
 TABLE = Table({Base.PROC: proc.ROWS, Base.SYS: sysfs.ROWS})
@@ -199,6 +203,39 @@ def test_join_knows_the_root() -> None:
 
 def container(name: str) -> Container:
     return Container(Owner(name, 0, 0, 0), cast(Envoy, None), OverflowIds(), Values(Clock()))
+
+
+class OldEnvoy:
+    """One that knows nothing of user namespaces: a flag that it does not know is EINVAL to it."""
+
+    stays_in_user_namespace = False
+
+    async def call(self, op: Op, base: Base, path: bytes, *, within: Within | None = None) -> Reply:
+        if within is not None:
+            raise NodeError(errno.EINVAL)
+        return Reply(1, 0, 0, struct.pack("=IIIIQqqq", stat.S_IFREG | 0o644, 1, 0, 0, 0, 0, 0, 0))
+
+
+def test_an_envoy_from_before_an_upgrade_answers_for_its_own_user_namespace() -> None:
+    envoy = OldEnvoy()
+    box = Container(Owner("c", 0, 0, 0), cast(Envoy, envoy), OverflowIds(), Values(Clock()))
+    found: list[tuple[int, bool]] = []
+
+    def ask(kind: Namespace) -> None:
+        async def operation() -> bytes:
+            attr = await box.getattr(Base.PROC, b"sys/user/x", Within(kind, fd, (1,)))
+            return b"%o" % attr.mode
+
+        def finish(payload: bytes | None, error: int) -> None:
+            assert (payload is None) == bool(error)
+            found.append((error, envoy.stays_in_user_namespace))
+
+        Task("getattr", operation(), finish).run()
+
+    with OwnedFd(os.open("/dev/null", os.O_RDONLY)) as fd:
+        ask(Namespace.NET)
+        ask(Namespace.USER)
+    assert found == [(errno.EINVAL, False), (0, True)]
 
 
 def test_inode_is_the_same_until_the_kernel_forgets_it() -> None:

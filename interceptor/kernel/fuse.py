@@ -48,11 +48,11 @@ class Pump:
             return None
         raise SyscallError(-length, "read(/dev/fuse)")
 
-    def add_envoy(self, fd: int, proc_mount: int, namespaces: tuple[int, int, int]) -> int:
+    def add_envoy(self, fd: int, proc_mount: int, namespaces: tuple[int, int, int, int]) -> int:
         """A number for an envoy's socket. It stays its owner's, who says when it is gone.
 
         ``proc_mount`` is the unique mount ID of its bare procfs, ``namespaces`` are the inode numbers of its network,
-        IPC and UTS namespaces; 0 where not known.
+        IPC, UTS and user namespaces; 0 where not known.
         """
         home = ffi.new("struct ix_home *", {"proc_mount": proc_mount, "ns": namespaces})
         return checked(lib.ix_pump_envoy(self._pump, fd, home), "ix_pump_envoy", fd)

@@ -25,6 +25,7 @@ from interceptor.view.protocol import (
     Attr,
     Base,
     Entry,
+    Namespace,
     Op,
     Reply,
     decode_attr,
@@ -90,6 +91,8 @@ class Envoy:
         self._owed = 0
         self.number = -1
         """What the pump knows it by; -1 without one."""
+        self.stays_in_user_namespace = False
+        """It is of an older version than the view, and answers for its own user namespace alone."""
         self.alive = True
 
     def fileno(self) -> int:
@@ -248,7 +251,14 @@ class Container:
 
     async def getattr(self, base: Base, path: bytes, within: Within | None = None) -> Attr:
         """The real node's attributes, with the ids of the host."""
-        reply = await self.envoy.call(Op.GETATTR, base, path, within=within)
+        try:
+            reply = await self.envoy.call(Op.GETATTR, base, path, within=within)
+        except NodeError as error:
+            if error.errno != errno.EINVAL or within is None or within.kind is not Namespace.USER:
+                raise
+            # It is of a version that goes to no user namespace. Nobody is asked for one before this.
+            self.envoy.stays_in_user_namespace = True
+            return await self.getattr(base, path)
         return self._on_host(decode_attr(reply.data))
 
     async def list(

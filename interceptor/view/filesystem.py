@@ -23,7 +23,7 @@ from interceptor.view.inodes import Inode, InodeTable
 from interceptor.view.listing import BASE_NAMES, Listed, Listing, directory_attr, look
 from interceptor.view.nodes import FOREVER_S, Effect, NodeError, Rights, Row, Table, join
 from interceptor.view.pages import Pages
-from interceptor.view.protocol import DATA_MAX, NAME_MAX, PATH_MAX, Attr, Base, Op, is_name
+from interceptor.view.protocol import DATA_MAX, NAME_MAX, PATH_MAX, Attr, Base, Namespace, Op, is_name
 from interceptor.view.rights import EXECUTE, READ, WRITE, Caller, may
 from interceptor.view.wire import Opcode, OpenFlag, Request
 
@@ -141,8 +141,8 @@ class View:
         """Where the caller is, if a node of this row is another there than in the container's own namespace."""
         if container is None or row is None or row.namespace is None:
             return None
-        home = container.owner.namespaces[row.namespace]
-        if not home:
+        home = container.owner.home(row.namespace)
+        if not home or (row.namespace is Namespace.USER and container.envoy.stays_in_user_namespace):
             return None
         return self._host.within(request.pid, row.namespace, home, container.owner.userns)
 

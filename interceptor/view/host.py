@@ -193,6 +193,8 @@ class KernelHost:
         except OSError:
             return None
         belongs = owners(fd, userns)
+        if belongs and kind is Namespace.USER:
+            belongs = (os.fstat(fd.fileno()).st_ino, *belongs)  # a capability in it counts for it, too
         return Within(kind, fd, belongs) if belongs else None
 
     def overflow_ids(self) -> OverflowIds:

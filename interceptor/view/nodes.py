@@ -52,6 +52,10 @@ class Owner:
     account: Account = field(default_factory=Account, compare=False)
     """What such nodes have said."""
 
+    def home(self, kind: Namespace) -> int:
+        """Inode number of its namespace of a kind; 0 if not known."""
+        return self.userns if kind is Namespace.USER else self.namespaces[kind]
+
 
 class Host(Protocol):
     """What sources and stored values may ask about the host."""

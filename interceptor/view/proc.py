@@ -44,7 +44,7 @@ from interceptor.view.sysctl import (
 
 NS_PER_S = 1_000_000_000
 SYSCTL, NETWORK = Rights.SYSCTL, Rights.NETWORK
-NET, IPC, UTS = Namespace.NET, Namespace.IPC, Namespace.UTS
+NET, IPC, UTS, USER = Namespace
 RAISE = Effect.RAISE
 ADMIN = Capability.SYS_ADMIN
 
@@ -321,8 +321,8 @@ ROWS: tuple[Row, ...] = (
     ),
     # Everything else in /proc/sys is the container's own, by its namespaces, or refused to it by the kernel.
     real(b"sys", mode=stat.S_IFDIR | 0o555, cache_s=10, rights=SYSCTL),
-    # Limits of the container's user namespace.
-    real(b"sys/user", rooted=True, cache_s=10, kept=True, rights=Rights.LIMITS),
+    # Limits of the user namespace, the container's or one further in.
+    real(b"sys/user", rooted=True, cache_s=10, namespace=USER, kept=True, rights=Rights.LIMITS),
     *_FS,
     *_KERNEL,
     *_VM,

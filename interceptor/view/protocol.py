@@ -64,6 +64,7 @@ class Namespace(IntEnum):
     NET = 0
     IPC = 1
     UTS = 2
+    USER = 3
 
     @property
     def flag(self) -> int:

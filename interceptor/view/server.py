@@ -241,7 +241,7 @@ class Server:
             self._poll.modify(fd, select.EPOLLIN | (select.EPOLLOUT if wants else 0))
 
         pump = self._session.pump
-        number = pump.add_envoy(fd, message.proc_mount, message.namespaces)
+        number = pump.add_envoy(fd, message.proc_mount, (*message.namespaces, message.userns))
 
         def ended() -> None:
             pump.envoy_gone(number)
