@@ -7,6 +7,8 @@ import os
 import select
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +17,20 @@ from typing import Any
 
 import pytest
 
-from interceptor.view.protocol import CONTROL_MAX, Add, List, Ping, Quit, Remove, encode_message
+from interceptor.view.protocol import (
+    CONTROL_MAX,
+    Add,
+    HandOver,
+    List,
+    Ping,
+    Quit,
+    Remove,
+    Version,
+    encode_message,
+)
+from interceptor.view.server import FAREWELL_S
+from interceptor.view.version import version
+from tests.robust.support import eventually
 from tests.view_support import (
     MOUNTPOINT,
     SANDBOX_IDS,
@@ -23,6 +38,7 @@ from tests.view_support import (
     WAIT_S,
     Sandbox,
     ViewProcess,
+    forked,
     node,
     outcome,
     read,
@@ -273,6 +289,85 @@ def test_quit_unmounts_and_ends(server: ViewProcess, sandboxes: Callable[[str], 
     assert server.tell(Quit()) == {"ok": True}
     assert server.wait() == 0
     assert reap(sandbox.envoy) == 0
+
+
+def test_hand_over_answers_what_was_begun_and_leaves_the_rest_to_a_successor(
+    server: ViewProcess, sandboxes: Callable[[str], Sandbox]
+) -> None:
+    box = sandboxes("box")
+    server.add(box, keep=True)
+
+    def read_all_the_time() -> None:
+        server.enter_namespace()
+        box.enter()
+        while not select.select([stop], [], [], 0)[0]:
+            # One by the pump, one by an envoy, one of the container's own.
+            names = ("sys/net/ipv4/ip_forward", "sys/kernel/osrelease", "sys/vm/swappiness", "uptime")
+            assert all(read(node(f"proc/{name}")) for name in names)
+            os.write(said, b"x")
+
+    stop, tell = os.pipe()
+    heard, said = os.pipe()
+    pids = [forked(read_all_the_time) for _ in range(4)]
+    try:
+        os.close(said)
+        for _ in range(5):
+            assert len(os.read(heard, 1 << 16)) > 0
+            assert server.tell(HandOver()) == {"ok": True}
+            assert server.wait() == 0
+            server.successor()
+    finally:
+        os.write(tell, b"x")
+    # Not one of them has failed.
+    while os.read(heard, 1 << 16):
+        pass
+    assert [reap(pid) for pid in pids] == [0] * 4
+    for fd in (stop, tell, heard):
+        os.close(fd)
+
+
+def test_hand_over_does_not_wait_for_a_stuck_envoy_for_ever(
+    sandboxes: Callable[[str], Sandbox],
+) -> None:
+    server = ViewProcess("--envoy-timeout", "60")
+    stuck, other = sandboxes("stuck"), sandboxes("other")
+    server.add(stuck, keep=True)
+    server.add(other, keep=True)
+    try:
+        os.kill(stuck.envoy, signal.SIGSTOP)
+        os.waitpid(stuck.envoy, os.WUNTRACED)
+        pid = os.fork()
+        if pid == 0:
+            server.enter_namespace()
+            os._exit(outcome(read, node("proc/sys/kernel/hostname", "stuck")) != "EIO")
+        eventually(lambda: server.unread_by(stuck) > 0, "the envoy is asked")
+        begin = time.monotonic()
+        assert server.tell(HandOver()) == {"ok": True}
+        assert server.wait() == 0
+        assert time.monotonic() - begin >= FAREWELL_S * 0.9, "it might have answered"
+        server.successor()
+        assert reap(pid) == 0
+        assert server.run(lambda: read(node("proc/swaps", "other")), other).startswith("Filename")
+    finally:
+        os.kill(stuck.envoy, signal.SIGCONT)
+        server.stop()
+
+
+def test_an_order_behind_a_hand_over_is_the_successors(server: ViewProcess) -> None:
+    server.control.send(encode_message(HandOver()))
+    server.control.send(encode_message(Version(n=7)))
+    assert server.receive() == {"ok": True}
+    assert server.wait() == 0
+    server.successor()
+    assert server.receive() == {"ok": True, "version": version(), "n": 7}
+
+
+def test_a_server_starts_without_the_daemons_libraries() -> None:
+    """All containers wait while one does."""
+    code = "import sys, interceptor.view.server; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert "msgspec" in said.split()
+    assert not set(said.split()) & {"structlog", "rich", "asyncio", "logging", "attr", "prctl"}
 
 
 def test_sigterm_ends_and_sigint_does_not(server: ViewProcess) -> None:

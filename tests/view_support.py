@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -182,6 +184,15 @@ class ViewProcess:
         self.process.kill()
         self.process.wait()
         self._start()
+
+    def successor(self) -> None:
+        """Starts one after the server has ended by itself."""
+        self._start()
+
+    def unread_by(self, sandbox: Sandbox) -> int:
+        """Bytes of requests that an envoy (of one that was added to keep it) has not read yet."""
+        (sock,) = [sock for message, sock in self._added if message.id == sandbox.name]
+        return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
     def receive(self) -> dict[str, Any]:
         answer = json.loads(self.control.recv(CONTROL_MAX))

@@ -52,8 +52,9 @@ from interceptor.view.version import version
 log = Logger()
 
 _FDS_MAX = 8
-FAREWELL_S = 0.2
-"""How long a server that hands over waits for envoys. All containers wait meanwhile."""
+FAREWELL_S = 1.0
+"""How long a server that hands over waits for envoys, which takes microseconds unless one is stuck or has no processor.
+All containers wait meanwhile."""
 
 
 class Server:
