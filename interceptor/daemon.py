@@ -143,6 +143,9 @@ class Daemon:
             self._life.remove(_text(request, "id"), "released")
             self._prepared.release(_text(request, "id"))
             return {}
+        if op == "refresh":
+            self._life.refresh(_text(request, "id"))
+            return {}
         if op == "ps":
             return self._life.containers()
         if op == "stats":

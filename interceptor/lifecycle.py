@@ -64,7 +64,7 @@ class Lifecycle:
         self.watch = Watch(self._supervisors)
         self._awaited: dict[str, asyncio.TimerHandle] = {}
         """Containers without a listener so far, by ID."""
-        self._coherence = Coherence(self._loop)
+        self._coherence = Coherence(self._loop, self._janitor.take_tree)
 
     # ---- creation ----------------------------------------------------------------------------------------------
 
@@ -103,6 +103,10 @@ class Lifecycle:
                 container=cid,
                 error=str(error),
             )
+
+    def refresh(self, cid: str) -> None:
+        """A manager is about to work with a container: see `interceptor.idshift.coherence`."""
+        self._coherence.refresh(cid)
 
     def _set_up(self, state: State, bundle: Bundle, late: bool) -> Container:
         started = time.monotonic_ns()
@@ -491,8 +495,8 @@ class Lifecycle:
         """Leaves the containers to their guards and to the next daemon; with none left, everything ends."""
         for supervisor in self._supervisors.values():
             supervisor.let_go()
-        self._janitor.close()
         self._coherence.close()
+        self._janitor.close()
         if not len(self._registry):
             self._keeper.quit()
 

@@ -5,8 +5,11 @@ The container writes through the mapped one. Contents are the same files, but ea
 layer they came from. So what the kernel remembers of one is dropped after the other was worked with:
 shrink_dcache_sb(), which a reconfiguration that changes nothing calls (reconfigure_super() of fs/super.c).
 
-* The container's changes are heard on the filesystem that has the upper directory (overlays have no such events). What
-  the manager's overlay remembers is dropped at the first, and then at most once in `PAUSE` while there are more.
+* ``exec`` of `interceptor-runc` has it dropped before its process starts (`Coherence.refresh`): what a manager has
+  looked for before cannot hide what that process makes, nor hides from it what the manager has made.
+* All else is heard, which is a matter of time. The container's changes are heard on the filesystem that has the upper
+  directory, since not each copy-up is an event in an overlay. What the manager's overlay remembers is dropped at the
+  first, and then at most once in `PAUSE` while there are more.
 * The manager's work in its overlay is heard there, which is rare; then the container's is dropped.
 
 Nobody is woken while nothing is written.
@@ -22,7 +25,7 @@ from typing import Any, Protocol
 
 from interceptor.errors import SyscallError
 from interceptor.kernel.fanotify import Watched, watch_filesystem
-from interceptor.kernel.fd import OwnedFd
+from interceptor.kernel.fd import OwnedFd, is_ready
 from interceptor.kernel.mount import reconfigure
 
 #: Where the wrapper leaves them in its stage: the manager's overlay, and the directory that has the upper one.
@@ -75,35 +78,55 @@ def open_pair(stage: str) -> Pair | None:
 class Coherence:
     """All pairs of this daemon."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, closing: Callable[[OwnedFd], None]) -> None:
+        """``closing``: closes a descriptor elsewhere, where nobody minds that it takes time."""
         self._loop = loop
+        self._closing = closing
         self._pairs: dict[str, Pair] = {}
         self._uses: dict[str, _Watch] = {}
         self._disks: dict[int, _Watch] = {}
 
     def add(self, cid: str, pair: Pair) -> None:
         """Keeps the two overlays of a container in step; owns the descriptors. Raises `SyscallError`, `OSError`."""
+        try:
+            self._add(cid, pair)
+        except OSError:
+            self.remove(cid)
+            raise
+
+    def _add(self, cid: str, pair: Pair) -> None:
         self._pairs[cid] = pair
         forget(pair.manager)
-        self._uses[cid] = _Watch(self._loop, pair.manager, Watched.USE, lambda: self._used(cid))
+        # Closed at once: events that nobody has read hold on to what they are about, and so does what is remembered.
+        self._uses[cid] = _Watch(
+            self._loop, OwnedFd.close, pair.manager, Watched.USE, lambda: self._used(cid)
+        )
         device = _device(pair)
         if device not in self._disks:
             self._disks[device] = _Watch(
-                self._loop, pair.disk.dup(), Watched.NAMES, lambda: self._changed(device)
+                self._loop, self._closing, pair.disk.dup(), Watched.NAMES, lambda: self._changed(device)
             )
+
+    def refresh(self, cid: str) -> None:
+        """Each side sees what the other one has done until now; nothing to do for a container without two."""
+        if cid in self._pairs and not self._uses[cid].look():
+            self._used(cid)
 
     def remove(self, cid: str) -> None:
         """The container has ended."""
         pair = self._pairs.pop(cid, None)
         if pair is None:
             return
-        self._uses.pop(cid).close()
+        watch = self._uses.pop(cid, None)
+        if watch is not None:
+            watch.close()
         device = _device(pair)
         pair.close()
         if device not in map(_device, self._pairs.values()):
-            watch = self._disks.pop(device)
-            watch.close()
-            watch.root.close()
+            watch = self._disks.pop(device, None)
+            if watch is not None:
+                watch.close()
+                watch.root.close()
 
     def close(self) -> None:
         """Lets go of everything."""
@@ -116,8 +139,8 @@ class Coherence:
         forget(pair.manager)
 
     def _changed(self, device: int) -> None:
-        for pair in self._pairs.values():
-            if _device(pair) == device:
+        for cid, pair in self._pairs.items():
+            if _device(pair) == device and not self._uses[cid].look():
                 forget(pair.manager)
 
 
@@ -126,6 +149,7 @@ class _Watch:
     """Acts on the first event, pauses, acts again for what happened meanwhile, and listens anew."""
 
     loop: Loop
+    closing: Callable[[OwnedFd], None]
     root: OwnedFd
     what: Watched
     act: Callable[[], None]
@@ -145,17 +169,28 @@ class _Watch:
             self.timer.cancel()
         if self.group is not None:
             self.loop.remove_reader(self.group.fileno())
-            self.group.close()
+            self.closing(self.group)
             self.group = None
+
+    def look(self) -> bool:
+        """Does at once what the loop would do for what has been heard; whether there was anything."""
+        if self.group is None or not is_ready(self.group):
+            return False
+        self._heard()
+        return True
 
     def _heard(self) -> None:
         self.close()
-        self.act()
         self.timer = self.loop.call_later(PAUSE, self._again)
+        self.act()
 
     def _again(self) -> None:
         # Listening first: what happens from here on is heard.
-        self.listen()
+        try:
+            self.listen()
+        except SyscallError:
+            # Too many groups of the machine's, or no memory: as if there was always something.
+            self.timer = self.loop.call_later(PAUSE, self._again)
         self.act()
 
 

@@ -29,8 +29,12 @@ class Watched(enum.Enum):
 
 def watch_filesystem(root: FdLike, what: Watched) -> OwnedFd:
     """A descriptor that becomes readable once something of that kind happens in the filesystem of ``root``, which may
-    be opened by O_PATH. Close it without reading: reading an event may open the file that it is about. Needs
-    CAP_SYS_ADMIN. Raises `SyscallError`."""
+    be opened by O_PATH. Needs CAP_SYS_ADMIN. Raises `SyscallError`.
+
+    Close it without reading: reading an event may open the file that it is about. And close it where nobody waits: that
+    takes an SRCU grace period, and until another listener, an on-access scanner for one, has answered those who wait
+    for it (fsnotify_destroy_group() of fs/notify/group.c).
+    """
     flags = _FAN_CLOEXEC | _FAN_NONBLOCK | (_FAN_REPORT_FID if what is Watched.NAMES else 0)
     group = OwnedFd(_checked(_libc.fanotify_init(flags, 0), "fanotify_init"))
     path = f"/proc/self/fd/{fileno(root)}".encode()

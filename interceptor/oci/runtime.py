@@ -8,6 +8,7 @@ see `interceptor.oci.prepare`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import sys
@@ -30,6 +31,8 @@ DEFAULT_ROOTS = {"crun": "/run/crun"}
 
 #: Seconds that the daemon may take for an answer while a manager waits.
 TIMEOUT = 30.0
+#: The same where it can go on without.
+SHORT_TIMEOUT = 10.0
 #: The same for a container to be made: its root filesystem may have to be cloned. One that hangs is noticed there.
 CREATE_TIMEOUT = 600.0
 
@@ -299,6 +302,9 @@ def _exec(line: CommandLine, local: Local) -> list[str]:
     path = line.value("--process", "-p")
     if not known or line.container is None:
         return line.words
+    # Names that the manager has looked for must not hide what this process is about to make (idshift/coherence.py).
+    with contextlib.suppress(InterceptorError):
+        local.ask({"op": "refresh", "id": line.container}, SHORT_TIMEOUT)
     import json
 
     process: dict[str, Any] = {}

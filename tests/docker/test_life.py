@@ -35,8 +35,9 @@ def inside(docker: Docker, script: str) -> str:
 
 def extracted(docker: Docker, path: str) -> bytes:
     """A file by ``docker cp``."""
-    data = docker.try_("cp", f"life:{path}", "-").stdout
-    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+    done = docker.try_("cp", f"life:{path}", "-")
+    assert done.returncode == 0, f"docker cp {path}: {done.stderr.decode()}"
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
         file = archive.extractfile(archive.getmembers()[0])
         assert file is not None
         return file.read()
@@ -79,8 +80,9 @@ def test_diff_and_export_and_commit_show_just_the_changes(docker: Docker, contai
     inside(docker, "echo new > /srv/new; rm /etc/issue.net; chown 33:33 /srv/new")
     lines = set(docker("diff", "life").splitlines())
     assert lines == {"C /srv", "A /srv/new", "C /etc", "D /etc/issue.net"}
-    data = docker.try_("export", "life").stdout
-    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+    exported = docker.try_("export", "life")
+    assert exported.returncode == 0, exported.stderr.decode()
+    with tarfile.open(fileobj=io.BytesIO(exported.stdout)) as archive:
         member = archive.getmember("srv/new")
         assert (member.uid, member.gid) == (33, 33)
         assert "etc/issue.net" not in archive.getnames()

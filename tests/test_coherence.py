@@ -1,0 +1,144 @@
+"""Two overlays over the same layers: what each remembers of names, and when that is dropped."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from interceptor.errors import SyscallError
+from interceptor.idshift import coherence
+from interceptor.idshift.coherence import PAUSE, Coherence, Pair
+from interceptor.kernel.fd import OwnedFd, is_ready
+
+pytestmark = pytest.mark.root
+
+
+class Loop:
+    """An event loop that has no turn unless it is told to: the busiest machine that there is."""
+
+    def __init__(self) -> None:
+        self.readers: dict[int, Callable[[], object]] = {}
+        self.timers: list[Callable[[], object]] = []
+
+    def add_reader(self, fd: int, callback: Callable[[], object]) -> None:
+        self.readers[fd] = callback
+
+    def remove_reader(self, fd: int) -> bool:
+        return self.readers.pop(fd, None) is not None
+
+    def call_later(self, delay: float, callback: Callable[[], object]) -> Any:
+        assert delay == PAUSE
+        self.timers.append(callback)
+        return self
+
+    def cancel(self) -> None:
+        """Of a timer: none is run that a test does not run itself."""
+
+    def turn(self) -> None:
+        """Calls back for all that was heard."""
+        for fd in [fd for fd in self.readers if is_ready(fd)]:
+            if fd in self.readers:
+                self.readers[fd]()
+
+
+class Overlays:
+    """Both sides, in step by a loop that the test turns."""
+
+    def __init__(self, directory: Path) -> None:
+        self.manager, self.container = directory / "manager", directory / "mapped"
+        self.loop = Loop()
+        self.closed: list[OwnedFd] = []
+        self.coherence = Coherence(self.loop, self.closed.append)
+        fds = [OwnedFd(os.open(path, os.O_PATH)) for path in (self.manager, self.container, directory)]
+        self.coherence.add("c", Pair(*fds))
+
+
+@pytest.fixture
+def overlays(tmp_path: Path) -> Iterator[Overlays]:
+    for name in ("lower/etc", "upper", "manager", "mapped", "work1", "work2"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "lower/etc/issue").write_text("old")
+    for number, point in enumerate(("manager", "mapped"), 1):
+        options = f"index=off,lowerdir=lower,upperdir=upper,workdir=work{number}"
+        subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", point], check=True, cwd=tmp_path)
+    try:
+        both = Overlays(tmp_path)
+        yield both
+        both.coherence.close()
+        for group in both.closed:
+            group.close()
+    finally:
+        subprocess.run(["umount", tmp_path / "manager", tmp_path / "mapped"], check=True)
+
+
+def test_without_a_turn_of_the_loop_names_are_remembered_wrongly(overlays: Overlays) -> None:
+    """What the other tests rest on: a kernel that does not do this needs none of it."""
+    assert not (overlays.manager / "late").exists()
+    (overlays.container / "late").write_text("one")
+    assert not (overlays.manager / "late").exists()
+    assert (overlays.manager / "etc/issue").read_text() == "old"
+    (overlays.container / "etc/issue").write_text("new")
+    assert (overlays.manager / "etc/issue").read_text() == "old"
+
+
+def test_after_refresh_each_side_sees_the_other_without_a_turn_of_the_loop(overlays: Overlays) -> None:
+    assert not (overlays.manager / "late").exists()
+    assert not (overlays.container / "given").exists()
+    assert (overlays.manager / "etc/issue").read_text() == "old"
+    overlays.coherence.refresh("c")
+    (overlays.container / "late").write_text("one")
+    (overlays.container / "etc/issue").write_text("new")
+    assert (overlays.manager / "late").read_text() == "one"
+    assert (overlays.manager / "etc/issue").read_text() == "new"
+    (overlays.manager / "given").write_text("from the host")
+    overlays.coherence.refresh("c")
+    assert (overlays.container / "given").read_text() == "from the host"
+    overlays.coherence.refresh("nobody")
+
+
+def test_changes_are_heard_and_so_are_those_in_the_pause(overlays: Overlays) -> None:
+    assert not (overlays.manager / "late").exists()
+    (overlays.container / "late").write_text("one")
+    overlays.loop.turn()
+    assert (overlays.manager / "late").read_text() == "one"
+    assert not (overlays.manager / "later").exists()
+    (overlays.container / "later").write_text("two")
+    for timer in overlays.loop.timers:
+        timer()
+    assert (overlays.manager / "later").read_text() == "two"
+    (overlays.manager / "given").write_text("from the host")
+    overlays.loop.turn()
+    assert (overlays.container / "given").read_text() == "from the host"
+
+
+def test_what_was_heard_of_the_disk_is_closed_elsewhere(overlays: Overlays) -> None:
+    (overlays.container / "late").write_text("one")
+    overlays.loop.turn()
+    assert overlays.closed
+    assert all(
+        os.readlink(f"/proc/self/fd/{fd.fileno()}") == "anon_inode:[fanotify]" for fd in overlays.closed
+    )
+
+
+def test_a_kernel_without_another_group_is_asked_again(
+    overlays: Overlays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*_: object) -> OwnedFd:
+        raise SyscallError(errno.EMFILE, "fanotify_init")
+
+    (overlays.container / "late").write_text("one")
+    overlays.loop.turn()
+    monkeypatch.setattr(coherence, "watch_filesystem", none_left)
+    timers, overlays.loop.timers = overlays.loop.timers, []
+    assert not (overlays.manager / "later").exists()
+    (overlays.container / "later").write_text("two")
+    for timer in timers:
+        timer()
+    assert (overlays.manager / "later").exists()
+    assert len(overlays.loop.timers) == len(timers)
