@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 from interceptor.errors import SyscallError
 from interceptor.idshift import coherence
 from interceptor.idshift.coherence import PAUSE, Coherence, Pair
+from interceptor.idshift.gatekeeper import LOWER
 from interceptor.kernel.fd import OwnedFd, is_ready
 
 pytestmark = pytest.mark.root
@@ -61,11 +64,11 @@ class Overlays:
 
 @pytest.fixture
 def overlays(tmp_path: Path) -> Iterator[Overlays]:
-    for name in ("lower/etc", "upper", "manager", "mapped", "work1", "work2"):
+    for name in ("below/etc", "upper", "manager", "mapped", "work1", "work2"):
         (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "lower/etc/issue").write_text("old")
+    (tmp_path / "below/etc/issue").write_text("old")
     for number, point in enumerate(("manager", "mapped"), 1):
-        options = f"index=off,lowerdir=lower,upperdir=upper,workdir=work{number}"
+        options = f"index=off,lowerdir=below,upperdir=upper,workdir=work{number}"
         subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", point], check=True, cwd=tmp_path)
     try:
         both = Overlays(tmp_path)
@@ -142,3 +145,72 @@ def test_a_kernel_without_another_group_is_asked_again(
         timer()
     assert (overlays.manager / "later").exists()
     assert len(overlays.loop.timers) == len(timers)
+
+
+class Gated(Overlays):
+    """With the file that Docker's driver opens."""
+
+    def __init__(self, directory: Path) -> None:
+        (directory / LOWER.decode()).write_text("l/A")
+        super().__init__(directory)
+        self.lower = directory / LOWER.decode()
+
+
+@pytest.fixture
+def gated(overlays: Overlays, tmp_path: Path) -> Iterator[Gated]:
+    overlays.coherence.close()
+    both = Gated(tmp_path)
+    yield both
+    both.coherence.close()
+    for group in both.closed:
+        group.close()
+
+
+def test_who_opens_the_file_of_the_layers_sees_all_that_was_done_before(gated: Gated) -> None:
+    for number in range(20):
+        late, given = f"late{number}", f"given{number}"
+        assert not (gated.manager / late).exists()
+        (gated.container / late).write_text("one")
+        gated.lower.read_text()
+        assert (gated.manager / late).read_text() == "one"
+        assert not (gated.container / given).exists()
+        (gated.manager / given).write_text("from the host")
+        gated.lower.read_text()
+        assert (gated.container / given).read_text() == "from the host"
+
+
+def test_nobody_waits_after_the_container_has_ended(gated: Gated) -> None:
+    gated.coherence.remove("c")
+    assert not (gated.manager / "late").exists()
+    (gated.container / "late").write_text("one")
+    gated.lower.read_text()
+    assert not (gated.manager / "late").exists()
+
+
+def test_who_waits_is_let_through_when_the_gatekeeper_is_killed_and_there_is_another_soon(
+    gated: Gated,
+) -> None:
+    (pid,) = _gatekeepers()
+    os.kill(pid, signal.SIGSTOP)
+    with subprocess.Popen(["cat", gated.lower], stdout=subprocess.DEVNULL) as reader:
+        # sleep: until it waits in the kernel, which nothing tells
+        while "fanotify" not in Path(f"/proc/{reader.pid}/wchan").read_text():
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGKILL)
+        assert reader.wait(10) == 0
+    fd = next(fd for fd, callback in gated.loop.readers.items() if "gatekeeper" in callback.__name__)
+    assert is_ready(fd, 10)
+    gated.loop.turn()
+    for timer in gated.loop.timers:
+        timer()
+    test_who_opens_the_file_of_the_layers_sees_all_that_was_done_before(gated)
+
+
+def _gatekeepers() -> list[int]:
+    """Children of this process that have a fanotify group with permission events (proc(5), fdinfo)."""
+    found = []
+    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        for info in Path(f"/proc/{child}/fdinfo").iterdir():
+            if "mask:10000 " in info.read_text():
+                found.append(int(child))
+    return found

@@ -5,12 +5,15 @@ The container writes through the mapped one. Contents are the same files, but ea
 layer they came from. So what the kernel remembers of one is dropped after the other was worked with:
 shrink_dcache_sb(), which a reconfiguration that changes nothing calls (reconfigure_super() of fs/super.c).
 
+* Docker and Podman wait for it before they look into a container's files and after they have changed them:
+  `interceptor.idshift.gatekeeper`.
 * ``exec`` of `interceptor-runc` has it dropped before its process starts (`Coherence.refresh`): what a manager has
   looked for before cannot hide what that process makes, nor hides from it what the manager has made.
+  Of names by which processes are to be started (``--user``) managers look without waiting anywhere.
 * All else is heard, which is a matter of time. The container's changes are heard on the filesystem that has the upper
   directory, since not each copy-up is an event in an overlay. What the manager's overlay remembers is dropped at the
   first, and then at most once in `PAUSE` while there are more.
-* The manager's work in its overlay is heard there, which is rare; then the container's is dropped.
+* The work of managers who do not wait is heard in their overlay, which is rare; then the container's is dropped.
 
 Nobody is woken while nothing is written.
 """
@@ -19,11 +22,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from interceptor.errors import SyscallError
+from interceptor.idshift.gatekeeper import LOWER, Gatekeeper
 from interceptor.kernel.fanotify import Watched, watch_filesystem
 from interceptor.kernel.fd import OwnedFd, is_ready
 from interceptor.kernel.mount import reconfigure
@@ -85,6 +90,8 @@ class Coherence:
         self._pairs: dict[str, Pair] = {}
         self._uses: dict[str, _Watch] = {}
         self._disks: dict[int, _Watch] = {}
+        self._gatekeeper: Gatekeeper | None = None
+        self._gated: set[str] = set()
 
     def add(self, cid: str, pair: Pair) -> None:
         """Keeps the two overlays of a container in step; owns the descriptors. Raises `SyscallError`, `OSError`."""
@@ -97,10 +104,11 @@ class Coherence:
     def _add(self, cid: str, pair: Pair) -> None:
         self._pairs[cid] = pair
         forget(pair.manager)
-        # Closed at once: events that nobody has read hold on to what they are about, and so does what is remembered.
-        self._uses[cid] = _Watch(
-            self._loop, OwnedFd.close, pair.manager, Watched.USE, lambda: self._used(cid)
-        )
+        if not self._put_at_gate(cid, pair):
+            # Closed at once: events that nobody has read hold on to what they are about, with its name.
+            self._uses[cid] = _Watch(
+                self._loop, OwnedFd.close, pair.manager, Watched.USE, lambda: self._used(cid)
+            )
         device = _device(pair)
         if device not in self._disks:
             self._disks[device] = _Watch(
@@ -109,7 +117,7 @@ class Coherence:
 
     def refresh(self, cid: str) -> None:
         """Each side sees what the other one has done until now; nothing to do for a container without two."""
-        if cid in self._pairs and not self._uses[cid].look():
+        if cid in self._pairs and not self._look(cid):
             self._used(cid)
 
     def remove(self, cid: str) -> None:
@@ -117,6 +125,10 @@ class Coherence:
         pair = self._pairs.pop(cid, None)
         if pair is None:
             return
+        if cid in self._gated and self._gatekeeper is not None:
+            self._gated.remove(cid)
+            with contextlib.suppress(OSError):
+                self._gatekeeper.remove(cid)
         watch = self._uses.pop(cid, None)
         if watch is not None:
             watch.close()
@@ -132,6 +144,40 @@ class Coherence:
         """Lets go of everything."""
         for cid in list(self._pairs):
             self.remove(cid)
+        self._end_gatekeeper()
+
+    def _put_at_gate(self, cid: str, pair: Pair) -> bool:
+        """Has the manager wait; False where it has no such file, or the kernel no such events."""
+        try:
+            if not stat.S_ISREG(os.stat(LOWER, dir_fd=pair.disk.fileno(), follow_symlinks=False).st_mode):
+                return False
+            if self._gatekeeper is None:
+                self._gatekeeper = Gatekeeper(forget)
+                self._loop.add_reader(self._gatekeeper.fileno(), self._gatekeeper_lost)
+            self._gatekeeper.add(cid, pair.manager, pair.mapped, pair.disk)
+        except OSError:
+            return False
+        self._gated.add(cid)
+        return True
+
+    def _end_gatekeeper(self) -> None:
+        if self._gatekeeper is not None:
+            self._loop.remove_reader(self._gatekeeper.fileno())
+            self._gatekeeper.close()
+            self._gatekeeper = None
+
+    def _gatekeeper_lost(self) -> None:
+        """Killed. Nobody waits, until there is another one."""
+        self._end_gatekeeper()
+        self._loop.call_later(PAUSE, self._start_again)
+
+    def _start_again(self) -> None:
+        for cid in sorted(self._gated & self._pairs.keys()):
+            self._put_at_gate(cid, self._pairs[cid])
+            self._used(cid)
+
+    def _look(self, cid: str) -> bool:
+        return cid in self._uses and self._uses[cid].look()
 
     def _used(self, cid: str) -> None:
         pair = self._pairs[cid]
@@ -140,7 +186,7 @@ class Coherence:
 
     def _changed(self, device: int) -> None:
         for cid, pair in self._pairs.items():
-            if _device(pair) == device and not self._uses[cid].look():
+            if _device(pair) == device and not self._look(cid):
                 forget(pair.manager)
 
 

@@ -1,19 +1,33 @@
-"""fanotify(7), as far as it is needed to hear that something happened in a filesystem, not what."""
+"""fanotify(7), as far as it is needed to hear that something happened in a filesystem, not what; and to have those who
+open a file wait until something has been done."""
 
 from __future__ import annotations
 
 import ctypes
 import enum
+import os
+import struct
+from collections.abc import Iterator
 
 from interceptor.errors import SyscallError
 from interceptor.kernel.fd import FdLike, OwnedFd, fileno
 
 _FAN_CLOEXEC = 0x1
 _FAN_NONBLOCK = 0x2
+_FAN_CLASS_CONTENT = 0x4
 _FAN_REPORT_FID = 0x200
 _FAN_MARK_ADD = 0x1
+_FAN_MARK_REMOVE = 0x2
+_FAN_MARK_DONT_FOLLOW = 0x4
 _FAN_MARK_FILESYSTEM = 0x100
 _FAN_ONDIR = 0x40000000
+_FAN_OPEN_PERM = 0x10000
+_FAN_ALLOW = 1
+
+#: struct fanotify_event_metadata: length, version, reserved, length of this part, mask, descriptor, PID.
+_EVENT = struct.Struct("=IBBHQii")
+#: struct fanotify_response: descriptor, answer.
+_RESPONSE = struct.Struct("=iI")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -44,6 +58,57 @@ def watch_filesystem(root: FdLike, what: Watched) -> OwnedFd:
         f"fanotify_mark({what.name})",
     )
     return group
+
+
+class Gate:
+    """Has those who open certain files wait until they are let through. Needs CAP_SYS_ADMIN, and a kernel with
+    CONFIG_FANOTIFY_ACCESS_PERMISSIONS.
+
+    Its last descriptor is to be that of a process without other groups: they cannot end while somebody waits here, and
+    if they are closed first, as by exit(2), nobody is left to let him through.
+    """
+
+    def __init__(self) -> None:
+        """Raises `SyscallError`."""
+        flags = _FAN_CLASS_CONTENT | _FAN_CLOEXEC | _FAN_NONBLOCK
+        events = os.O_RDONLY | os.O_CLOEXEC
+        self._group = OwnedFd(
+            _checked(_libc.fanotify_init(flags, events), "fanotify_init(FAN_CLASS_CONTENT)")
+        )
+
+    def fileno(self) -> int:
+        """Readable when somebody waits."""
+        return self._group.fileno()
+
+    def add(self, directory: FdLike, name: bytes) -> tuple[int, int]:
+        """From now on whoever opens that file waits, this process, too; returns its device and inode numbers. Raises
+        `SyscallError`, `OSError`."""
+        self._mark(_FAN_MARK_ADD, directory, name)
+        status = os.stat(name, dir_fd=fileno(directory), follow_symlinks=False)
+        return status.st_dev, status.st_ino
+
+    def remove(self, directory: FdLike, name: bytes) -> None:
+        """Nobody waits there any more. Raises `SyscallError`, also where the file is gone, and with it its mark."""
+        self._mark(_FAN_MARK_REMOVE, directory, name)
+
+    def waiting(self) -> Iterator[tuple[int, int]]:
+        """Each file that somebody waits at, by device and inode numbers; he goes on when the next one is asked for."""
+        try:
+            events = os.read(self._group.fileno(), 64 * _EVENT.size)
+        except BlockingIOError:
+            return
+        for *_, fd, _pid in _EVENT.iter_unpack(events):
+            try:
+                status = os.fstat(fd)
+                yield status.st_dev, status.st_ino
+            finally:
+                os.write(self._group.fileno(), _RESPONSE.pack(fd, _FAN_ALLOW))
+                os.close(fd)
+
+    def _mark(self, how: int, directory: FdLike, name: bytes) -> None:
+        flags, mask = how | _FAN_MARK_DONT_FOLLOW, ctypes.c_uint64(_FAN_OPEN_PERM)
+        result = _libc.fanotify_mark(self._group.fileno(), flags, mask, fileno(directory), name)
+        _checked(result, f"fanotify_mark({os.fsdecode(name)}, FAN_OPEN_PERM)")
 
 
 def _checked(result: int, call: str) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import subprocess
 import tarfile
 from collections.abc import Iterator
@@ -68,6 +70,31 @@ def test_cp_goes_both_ways_and_sees_what_the_other_side_changed(
     assert inside(docker, "cat /root/given; stat -c ' %u:%g' /root/given") == "from the host 0:0\n"
     docker("cp", str(tmp_path / "given"), "life:/etc/issue")
     assert inside(docker, "cat /etc/issue") == "from the host"
+
+
+def by_itself(docker: Docker, script: str) -> str:
+    """What a process of the container's own does: no runtime is asked to start it."""
+    pid = docker("inspect", "-f", "{{.State.Pid}}", "life").strip()
+    argv = ["nsenter", f"--target={pid}", "--user", "--mount", "--setuid=0", "--setgid=0", "sh", "-c", script]
+    return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+def test_cp_is_exact_however_long_the_daemon_has_no_turn(
+    docker: Docker, container: str, tmp_path: Path
+) -> None:
+    (tmp_path / "given").write_text("from the host")
+    daemon = docker.daemon.processes[-1].pid
+    assert docker.try_("cp", "life:/root/late", "-").returncode != 0
+    assert by_itself(docker, "cat /root/given || echo none") == "none\n"
+    os.kill(daemon, signal.SIGSTOP)
+    try:
+        by_itself(docker, "echo one > /root/late; echo changed > /etc/issue")
+        assert extracted(docker, "/root/late") == b"one\n"
+        assert extracted(docker, "/etc/issue") == b"changed\n"
+        docker("cp", str(tmp_path / "given"), "life:/root/given")
+        assert by_itself(docker, "cat /root/given; stat -c ' %u:%g' /root/given") == "from the host 0:0\n"
+    finally:
+        os.kill(daemon, signal.SIGCONT)
 
 
 def test_a_user_made_inside_can_be_used_by_exec(docker: Docker, container: str) -> None:
