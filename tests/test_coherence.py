@@ -193,9 +193,8 @@ def test_who_waits_is_let_through_when_the_gatekeeper_is_killed_and_there_is_ano
     (pid,) = _gatekeepers()
     os.kill(pid, signal.SIGSTOP)
     with subprocess.Popen(["cat", gated.lower], stdout=subprocess.DEVNULL) as reader:
-        # sleep: until it waits in the kernel, which nothing tells
         while "fanotify" not in Path(f"/proc/{reader.pid}/wchan").read_text():
-            time.sleep(0.01)
+            time.sleep(0.01)  # sleep: until it waits in the kernel, which nothing tells
         os.kill(pid, signal.SIGKILL)
         assert reader.wait(10) == 0
     fd = next(fd for fd, callback in gated.loop.readers.items() if "gatekeeper" in callback.__name__)
