@@ -27,7 +27,9 @@ if [ RUNTIME = crun ] && mountpoint -q /sys/fs/cgroup/unified; then umount /sys/
 echo "== RUNTIME life"
 interceptor-runc --version | head -n 1
 podman run -d --name life -v kept:/v IMAGE sleep infinity >/dev/null
-podman exec life sh -c 'echo $(cat /proc/self/uid_map); stat -c %u /etc/passwd /v; umount /proc/sys || echo stays
+# One pipe for both outputs: two are read in any order.
+podman exec life sh -c 'exec 2>&1; echo $(cat /proc/self/uid_map)
+    stat -c %u /etc/passwd /v; umount /proc/sys || echo stays
     mount -t proc proc /mnt && umount /mnt/sys && ls -A /mnt/sys | wc -l
     echo new >/srv/new; chown 33:7 /srv/new; chmod 4711 /srv/new; rm /etc/issue.net'
 podman diff life | grep -v '/mnt\|/v$' | sort
