@@ -32,6 +32,7 @@ from interceptor.idshift.gatekeeper import LOWER, Gatekeeper
 from interceptor.kernel.fanotify import Watched, watch_filesystem
 from interceptor.kernel.fd import OwnedFd, is_ready
 from interceptor.kernel.mount import reconfigure
+from interceptor.observe.log import get_logger
 
 #: Where the wrapper leaves them in its stage: the manager's overlay, and the directory that has the upper one.
 MANAGER, DISK = "manager", "disk"
@@ -155,7 +156,11 @@ class Coherence:
                 self._gatekeeper = Gatekeeper(forget)
                 self._loop.add_reader(self._gatekeeper.fileno(), self._gatekeeper_lost)
             self._gatekeeper.add(cid, pair.manager, pair.mapped, pair.disk)
-        except OSError:
+        except FileNotFoundError:
+            return False  # another kind of manager
+        except OSError as error:
+            log = get_logger(container=cid)
+            log.warning("docker cp and the like do not wait: they may see what was before", error=str(error))
             return False
         self._gated.add(cid)
         return True
