@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict
 from typing import Any
 
+from interceptor.ahead import Ahead
 from interceptor.config import Config
 from interceptor.containers.cgroups import cgroups_of
 from interceptor.containers.envoys import Envoys
@@ -19,7 +20,7 @@ from interceptor.containers.spec import Bundle, host_id_of_root, read_bundle
 from interceptor.errors import ContainerError, InterceptorError
 from interceptor.guards.journal import Journal
 from interceptor.guards.keeper import Forked, Keeper
-from interceptor.guards.link import Answer, Ask, adopt
+from interceptor.guards.link import Answer, Ask, Facts, ForNew, ForSwap, adopt
 from interceptor.guards.supervise import HangUps, Supervisor
 from interceptor.idshift.coherence import Coherence, Pair, open_pair
 from interceptor.kernel import mount, stat
@@ -59,7 +60,8 @@ class Lifecycle:
         welder = Welder(keeper.welder, staging, keeper.namespace, self._loop.call_later, self._janitor)
         bench = Bench(os.path.join(root, "bench"))
         self._composer = Composer(Shields(root), welder, bench)
-        self._answerer = Answerer(self._composer, config.protect_immutable_unmounts, self._loop.call_soon)
+        self._ahead = Ahead(self._composer, self._loop.call_soon, self._hand_over)
+        self._answerer = Answerer(self._composer, self._ahead, config.protect_immutable_unmounts)
         self._supervisors: dict[str, Supervisor] = {}
         self.watch = Watch(self._supervisors)
         self._awaited: dict[str, asyncio.TimerHandle] = {}
@@ -346,6 +348,10 @@ class Lifecycle:
         def answer(ask: Ask) -> Answer:
             return self._answerer.answer(container, ask)
 
+        def facts() -> Facts:
+            self._ahead.forget(container)  # a guard that is told them has nothing yet
+            return facts_of(container.baseline)
+
         view = self._view_device
         shield = self._composer.shields.dev
         supervisor = Supervisor(
@@ -363,8 +369,9 @@ class Lifecycle:
             },
             container.userns,
             journal,
-            lambda: facts_of(container.baseline),
+            facts,
             answer,
+            lambda number: self._ahead.taken(container, number),
             container.listeners,
             lambda: self._persist(container),
             lambda repeated: self.watch.repeated(container, repeated),
@@ -374,6 +381,13 @@ class Lifecycle:
         self._supervisors[container.cid] = supervisor
         self.watch.started(supervisor)
         return supervisor
+
+    def _hand_over(
+        self, container: Container, number: int, tree: OwnedFd, there_id: int, purpose: ForNew | ForSwap
+    ) -> bool:
+        supervisor = self._supervisors.get(container.cid)
+        link = None if supervisor is None else supervisor.link
+        return link is not None and link.hand_over(number, tree, there_id, purpose)
 
     # ---- what a successor needs --------------------------------------------------------------------------------
 
@@ -482,6 +496,7 @@ class Lifecycle:
         supervisor = self._supervisors.pop(cid)
         self.watch.gone(cid, supervisor, reason)
         supervisor.stop()
+        self._ahead.forget(container)
         if container.envoy_pidfd is not None:
             self._envoys.end(cid, container.envoy_pidfd)
         self._coherence.remove(cid)

@@ -7,8 +7,9 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
+from interceptor.ahead import Ahead
 from interceptor.containers.registry import Container
 from interceptor.errors import InterceptorError, SyscallError
 from interceptor.guards.link import MAX_IDS, Act, Answer, Ask, Op
@@ -76,10 +77,9 @@ class Scene:
 class Answerer:
     """Answers questions about one container's mounts."""
 
-    def __init__(self, composer: Composer, protect_immutable: bool, soon: Callable[..., object]) -> None:
-        """``soon`` calls a function with its arguments after what is being done now."""
+    def __init__(self, composer: Composer, ahead: Ahead, protect_immutable: bool) -> None:
         self._composer = composer
-        self._soon = soon
+        self._ahead = ahead
         self._protect_immutable = protect_immutable
         # Bound once: that costs as much as a system call.
         self._log = get_logger().bind()
@@ -124,35 +124,15 @@ class Answerer:
             gid=None if ask.gid is None else process.host_gid(ask.tid, ask.gid),
             sb_flags=ask.sb_flags,
         )
-        material = container.material
         own, deciding = (
             (container.pidns_ino, pid_namespace)
             if ask.kind == 1
             else (container.netns_ino, network_namespace)
         )
-        tree = None
         if os.fstat(deciding.fileno()).st_ino == own:
-            tree = material.take_spare(new)
-            if new == material.last_new:
-                # Asked for twice: likely again, and then there is one. (Of foreign namespaces none is kept alive.)
-                self._soon(self._make_spare, container, new, deciding.dup())
-            material.last_new = new
-        if tree is None:
-            tree = self._composer.fresh(new, material, pid_namespace, network_namespace)
+            self._ahead.asked_for_new(container, ask, new)
+        tree = self._composer.fresh(new, container.material, pid_namespace, network_namespace)
         return Answer(Act.ATTACH, there_id=stat.statx(tree).mnt_id, tree=tree), "a welded composite"
-
-    def _make_spare(self, container: Container, new: NewMount, namespace: OwnedFd) -> None:
-        """Runs after the answer. A container that has ended meanwhile has no use for one."""
-        with namespace:
-            if container.closed or (container.material.spare or (None,))[0] == new:
-                return
-            container.material.drop_spare()
-            try:
-                tree = self._composer.fresh(new, container.material, namespace, namespace)
-            except InterceptorError as error:
-                self._log.debug("no composite was made ahead", container=container.cid, error=str(error))
-                return
-            container.material.spare = new, tree
 
     @staticmethod
     def _fsopen(container: Container, ask: Ask) -> tuple[Answer, str]:
@@ -271,6 +251,8 @@ class Answerer:
         tree = self._composer.again(base, base.root.strip(b"/"), shields, container.material)
         if tree is None:
             return Answer(Act.ERROR, error=errno.EINVAL)
+        if base.root == b"/":
+            self._ahead.asked_for_swap(container, base, frozenset(shields))
         # What stands on the target goes with it; what stands on the others is carried over with them.
         ids = [m.mnt_id for m in welded if m.mnt_id != chain[0].mnt_id]
         there = stat.statx(tree).mnt_id

@@ -319,6 +319,16 @@ static bool unmount_alone(struct ix_call *call, uint64_t id, uint64_t namespace_
 	return whole;
 }
 
+/* A copied cover goes, where a composite without it was made ahead. */
+static bool swap_alone(struct ix_call *call, uint64_t id, uint64_t namespace_id, struct ix_reply *reply)
+{
+	struct ix_swap swap;
+	if (!ix_describe_swap(id, namespace_id, &swap) || !ix_ahead_of_swap(call, &swap))
+		return false;
+	*reply = act_swap(call, &call->question->answer, call->question->answer_fd);
+	return true;
+}
+
 /* What needs no daemon, because the mount table alone tells all about it. */
 bool ix_act_alone(struct ix_call *call, const struct ix_request *request, struct ix_reply *reply)
 {
@@ -336,7 +346,7 @@ bool ix_act_alone(struct ix_call *call, const struct ix_request *request, struct
 		known = !protected || request->op != IX_OP_UMOUNT;
 		*reply = ix_let_kernel_run("a mount of the container's own");
 	} else if (request->op == IX_OP_UMOUNT) {
-		known = unmount_alone(call, id, namespace_id, reply);
+		known = unmount_alone(call, id, namespace_id, reply) || swap_alone(call, id, namespace_id, reply);
 	} else if (request->op == IX_OP_DETACH) {
 		known = foreign ? !protected && ix_takes_no_original_along(id, namespace_id)
 					 : ix_goes_whole(id, namespace_id, true);

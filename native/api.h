@@ -102,10 +102,12 @@ enum ix_message {
 	IX_MSG_HELLO = 5,      /* daemon: a successor is here, ask again what is open */
 	IX_MSG_FACTS = 6,      /* daemon: struct ix_facts */
 	IX_MSG_FOLLOW = 7,     /* daemon: note calls in the journal (value 1), or stop that (0) */
+	IX_MSG_AHEAD = 8,      /* daemon: struct ix_ahead (one descriptor) */
 	IX_MSG_ASK = 64,       /* guard: struct ix_ask */
 	IX_MSG_READY = 65,     /* guard: the listener of index `value` is being served */
 	IX_MSG_REFUSED = 66,   /* guard: there is no room for it; nobody will serve it */
-	IX_MSG_STORM = 67      /* guard: struct ix_storm */
+	IX_MSG_STORM = 67,     /* guard: struct ix_storm */
+	IX_MSG_TAKEN = 68      /* guard: what was made ahead under the number `value` has been used */
 };
 
 enum ix_op {
@@ -212,6 +214,25 @@ struct ix_facts {
 	uint64_t namespace_id; /* the container's first mount namespace */
 	struct ix_original base[16];
 	uint64_t cover[2][64]; /* hashes of the managed paths of procfs and of sysfs, without slashes at the ends */
+};
+
+/*
+ * A composite made ahead of need: the answer to a question that will be asked, given before. Paths are hashed as above.
+ */
+enum { IX_AHEAD_SHIELDS = 8, IX_AHEAD_ABSENT = 512 };
+
+struct ix_ahead {
+	uint32_t type;
+	uint32_t act;          /* IX_ACT_ATTACH or IX_ACT_SWAP */
+	uint32_t number;       /* for IX_MSG_TAKEN */
+	uint32_t shields;      /* SWAP: how many of `shield` */
+	uint64_t there_id;
+	struct ix_ask ask;     /* ATTACH: what is to be asked; seq, mnt_id and tid are zero */
+	uint64_t ns_ino;       /* ATTACH: the PID namespace of procfs, the network namespace of sysfs */
+	uint32_t dev_major, dev_minor;  /* SWAP: of the base, which is all of its filesystem */
+	uint64_t attributes;   /* SWAP: the base's */
+	uint64_t shield[8];    /* SWAP: where shields will stand, the new one among them */
+	char absent[512];      /* paths that it does not cover, as they are not there: each with its NUL, then another */
 };
 
 /* ---- the journal: a memfd shared by daemon and guard, and by a guard's successor ---------------------------- */

@@ -98,6 +98,7 @@ static inline void ix_close_fd(int *fd)
 	if (*fd >= 0) {
 		int saved = errno;
 		close(*fd);
+		*fd = -1;
 		errno = saved;
 	}
 }

@@ -164,6 +164,80 @@ bool ix_is_for_the_kernel(uint64_t mnt_id, uint64_t namespace_id, enum ix_op op,
 	return kind_of_base(&m) < 0 || !may_be_original(&facts, &m, namespace_id);
 }
 
+static bool is_shield(const struct seen *m)
+{
+	const struct ix_guard_config *c = &ix_guard_state.config;
+	return m->sm.sb_dev_major == c->shield_major && m->sm.sb_dev_minor == c->shield_minor &&
+	       strncmp(m->sm.str + m->sm.mnt_root, "/shield", strlen("/shield")) == 0;
+}
+
+/* A base that is a copy without doubt, and on which an unmount has no effect elsewhere. */
+static bool is_plain_copy(const struct ix_facts *facts, const struct seen *base, uint64_t namespace_id)
+{
+	return facts->namespace_id != 0 && kind_of_base(base) >= 0 && !may_be_original(facts, base, namespace_id) &&
+	       base->sm.mnt_parent_id != base->sm.mnt_id && !is_shared(base->sm.mnt_parent_id);
+}
+
+static bool note_shield(struct ix_swap *swap, uint64_t path)
+{
+	if (swap->shields == IX_AHEAD_SHIELDS)
+		return false;
+	swap->shield[swap->shields++] = path;
+	return true;
+}
+
+/* Goes through what is below a base. False for what is not plain: covers on covers, the container's own on the target. */
+static bool describe_covers(const struct ix_facts *facts, const struct seen *base, const struct seen *target,
+			    struct ix_swap *swap)
+{
+	uint64_t ids[BELOW_MAX], points[BELOW_MAX];
+	int64_t n = ix_listmount(base->sm.mnt_id, 0, 0, ids, BELOW_MAX);
+	size_t prefix = strlen(point_of(base)), length = strlen(point_of(target));
+	bool found = false;
+	if (n < 0 || n == BELOW_MAX || prefix == 1)
+		return false;
+	for (int64_t i = 0; i < n; i++) {
+		struct seen m;
+		if (!look(ids[i], &m) || strlen(point_of(&m)) <= prefix)
+			return false;
+		uint64_t path = hash(point_of(&m) + prefix + 1);
+		points[i] = path;
+		if (ids[i] == target->sm.mnt_id) {
+			found = m.sm.mnt_parent_id == base->sm.mnt_id && is_managed(facts, kind_of_base(base), path);
+			if (!found || !note_shield(swap, path))
+				return false;
+			continue;
+		}
+		if (strncmp(point_of(&m), point_of(target), length) == 0 &&
+		    (point_of(&m)[length] == '\0' || point_of(&m)[length] == '/'))
+			return false;
+		if (!is_managed(facts, kind_of_base(base), path))
+			continue;
+		for (int64_t k = 0; k < i; k++)
+			if (points[k] == path)
+				return false;
+		if (m.sm.mnt_parent_id != base->sm.mnt_id || swap->count == IX_MAX_IDS || (is_shield(&m) && !note_shield(swap, path)))
+			return false;
+		swap->ids[swap->count++] = ids[i];
+	}
+	return found;
+}
+
+/* What verdicts.py:Answerer._replace_base would say of a cover that is to go; false where that must be asked. */
+bool ix_describe_swap(uint64_t mnt_id, uint64_t namespace_id, struct ix_swap *swap)
+{
+	struct ix_facts facts = facts_now();
+	struct seen target, base;
+	if (!look(mnt_id, &target) || is_shield(&target) || !look(target.sm.mnt_parent_id, &base) ||
+	    !is_plain_copy(&facts, &base, namespace_id))
+		return false;
+	*swap = (struct ix_swap){
+		.base_id = base.sm.mnt_id, .dev_major = base.sm.sb_dev_major, .dev_minor = base.sm.sb_dev_minor,
+		.attributes = base.sm.mnt_attr,
+	};
+	return describe_covers(&facts, &base, &target, swap);
+}
+
 /*
  * Whether a mount of this thread's mount namespace is a copied base that may go with all that is welded to it, or, where
  * that is to happen lazily, with whatever is on it. Where the parent has peers, an original could go as well.
@@ -172,12 +246,8 @@ bool ix_goes_whole(uint64_t mnt_id, uint64_t namespace_id, bool lazily)
 {
 	struct ix_facts facts = facts_now();
 	struct seen base;
-	if (facts.namespace_id == 0 || !look(mnt_id, &base))
+	if (!look(mnt_id, &base) || !is_plain_copy(&facts, &base, namespace_id))
 		return false;
-	int kind = kind_of_base(&base);
-	if (kind < 0 || may_be_original(&facts, &base, namespace_id))
-		return false;
-	if (base.sm.mnt_parent_id == mnt_id || is_shared(base.sm.mnt_parent_id))
-		return false;
-	return lazily ? ix_takes_no_original_along(mnt_id, namespace_id) : carries_only_covers(&facts, kind, &base);
+	return lazily ? ix_takes_no_original_along(mnt_id, namespace_id)
+		      : carries_only_covers(&facts, kind_of_base(&base), &base);
 }

@@ -370,6 +370,14 @@ static void send_reply(struct ix_call *call, const struct ix_reply *reply)
 		remember_orphan(call, &n, -reply->error, -1);
 }
 
+/* After the reply: the daemon then makes another one. */
+static void tell_taken(const struct ix_call *call)
+{
+	struct ix_note note = {.type = IX_MSG_TAKEN, .value = call->taken};
+	if (call->taken)
+		ix_link_send(&note, sizeof(note), NULL, 0);
+}
+
 void ix_serve_call(struct ix_listener *listener, struct ix_slot *slot, int turn, bool overloaded, bool recover)
 {
 	struct ix_call call;
@@ -385,6 +393,7 @@ void ix_serve_call(struct ix_listener *listener, struct ix_slot *slot, int turn,
 	call.mntns = call.target = -1;
 	memset(&call.context, 0, sizeof(call.context));
 	call.kind = IX_KIND_OTHER;
+	call.taken = 0;
 	call.path[0] = call.text[0] = '\0';
 	uint64_t start = now_ns();
 	slot->since_ns = start;
@@ -399,6 +408,7 @@ void ix_serve_call(struct ix_listener *listener, struct ix_slot *slot, int turn,
 	/* Before the reply: afterwards the caller may be gone, and its unit with it. */
 	ix_tally(&call, &reply);
 	send_reply(&call, &reply);
+	tell_taken(&call);
 	record(call.kind, reply.outcome, now_ns() - start);
 	if (overloaded)
 		count(&ix_guard_state.journal->overloaded);

@@ -78,6 +78,7 @@ struct ix_call {
 	struct ix_context context;     /* where it stood then */
 	int target;                    /* O_PATH, once resolved */
 	struct ix_stat target_stat;
+	uint32_t taken;                /* number of the composite made ahead that was used; 0: none */
 	char path[PATH_MAX];
 	char text[PATH_MAX];           /* source, or the options of a new mount */
 };
@@ -88,6 +89,16 @@ struct ix_request {
 	const struct ix_stat *st;
 	uint64_t flags;                /* of mount(2) or umount2(2) */
 	bool foreign;                  /* of a filesystem of the container's own */
+};
+
+/* A copied base that is to lose a cover: what the answer would say of it, found without a question. */
+struct ix_swap {
+	uint64_t base_id;
+	uint32_t dev_major, dev_minor;
+	uint64_t attributes;
+	uint32_t count, shields;
+	uint64_t ids[IX_MAX_IDS];      /* what is welded to it, but for the cover that goes */
+	uint64_t shield[IX_AHEAD_SHIELDS];  /* hashes of where shields will stand */
 };
 
 enum ix_outcome { IX_CONTINUED, IX_DENIED, IX_HANDLED };
@@ -151,6 +162,12 @@ bool ix_is_for_the_kernel(uint64_t mnt_id, uint64_t namespace_id, enum ix_op op,
 bool ix_takes_no_original_along(uint64_t mnt_id, uint64_t namespace_id);
 bool ix_is_of_base_type(uint64_t mnt_id);
 bool ix_goes_whole(uint64_t mnt_id, uint64_t namespace_id, bool lazily);
+bool ix_describe_swap(uint64_t mnt_id, uint64_t namespace_id, struct ix_swap *swap);
+/* ahead.c */
+void ix_take_ahead(const struct ix_ahead *ahead, int *fd);
+void ix_forget_ahead(void);
+bool ix_ahead_of_new(struct ix_call *call, const struct ix_ask *ask, int ns);
+bool ix_ahead_of_swap(struct ix_call *call, const struct ix_swap *swap);
 /* options.c */
 int ix_read_options(int tid, uint64_t address, char out[PATH_MAX]);
 bool ix_parse_options(const char *data, struct ix_ask *ask);

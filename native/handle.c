@@ -330,7 +330,7 @@ static struct ix_reply ask_for_composite(struct ix_call *call, struct ix_ask *as
 	if (!S_ISDIR(call->target_stat.mode))
 		return ix_deny(ENOTDIR);
 	int fds[] = {call->mntns, pidns, netns};
-	if (!ix_question(call, ask, fds, 3))
+	if (!ix_ahead_of_new(call, ask, ask->kind == 1 ? pidns : netns) && !ix_question(call, ask, fds, 3))
 		return ix_let_kernel_run("nobody answers: the kernel refuses what would reveal");
 	if (stands_there(call))
 		return ix_deny(EBUSY);

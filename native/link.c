@@ -32,6 +32,7 @@ union message {
 	struct ix_note note;
 	struct ix_answer answer;
 	struct ix_facts facts;
+	struct ix_ahead ahead;
 };
 
 /* Returns the size of the message, 0 at end of file, -1 on failure; *fd is the first descriptor, others are closed. */
@@ -156,6 +157,12 @@ static void drop_listener(uint32_t index)
 	}
 }
 
+static void flush(void)
+{
+	ix_cache_flush();
+	ix_forget_ahead();
+}
+
 int ix_link_serve(void)
 {
 	for (;;) {
@@ -169,12 +176,14 @@ int ix_link_serve(void)
 			take_answer(&m.answer, &fd);
 		else if (n == sizeof(m.facts) && m.type == IX_MSG_FACTS)
 			ix_take_facts(&m.facts);
+		else if (n == sizeof(m.ahead) && m.type == IX_MSG_AHEAD)
+			ix_take_ahead(&m.ahead, &fd);
 		else if (n == sizeof(m.note) && m.type == IX_MSG_LISTENER)
 			serve_listener(m.note.value, &fd);
 		else if (n == sizeof(m.note) && m.type == IX_MSG_DROP)
 			drop_listener(m.note.value);
 		else if (n == sizeof(m.note) && m.type == IX_MSG_FLUSH)
-			ix_cache_flush();
+			flush();
 		else if (n == sizeof(m.note) && m.type == IX_MSG_FOLLOW)
 			atomic_store(&ix_guard_state.followed, m.note.value != 0);
 		else if (n == sizeof(m.note) && m.type == IX_MSG_HELLO)

@@ -34,6 +34,7 @@ LAYERS = (
     ("observe", "idshift"),
     ("guards", "mounts", "oci", "sockets", "view"),
     ("containers", "control", "notify", "spawn"),
+    ("ahead",),
     ("verdicts", "watch"),
     ("explain", "exporter"),
     ("lifecycle",),

@@ -89,6 +89,33 @@ class Refused:
     index: int
 
 
+@dataclass(frozen=True)
+class Taken:
+    """The composite of this number, made ahead, has been used."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class ForNew:
+    """What a composite was made ahead for: a question like this one, in this PID or network namespace."""
+
+    ask: Ask
+    namespace_ino: int
+
+
+@dataclass(frozen=True)
+class ForSwap:
+    """What a composite was made ahead for: a copied base of this kind that loses a cover."""
+
+    dev: tuple[int, int]
+    attributes: int
+    shielded: frozenset[bytes]
+    """Where shields will stand."""
+    absent: tuple[bytes, ...]
+    """What it does not cover, as it is not there."""
+
+
 @dataclass
 class Answer:
     """A verdict; ``tree`` is the composite handed over with SWAP, ATTACH and GIVE."""
@@ -198,7 +225,26 @@ class GuardLink:
             record.ids[i] = mount_id
         return self._send(bytes(ffi.buffer(record)), [answer.tree.fileno()] if answer.tree else None)
 
-    def receive(self) -> Ask | Ready | Refused | Repeated | None:
+    def hand_over(self, number: int, tree: OwnedFd, there_id: int, purpose: ForNew | ForSwap) -> bool:
+        """Gives the guard a composite before it asks for one; false where there is no room to describe it."""
+        record = ffi.new("struct ix_ahead *", {"type": lib.IX_MSG_AHEAD, "number": number})
+        record.there_id = there_id
+        if isinstance(purpose, ForNew):
+            record.act, record.ns_ino = lib.IX_ACT_ATTACH, purpose.namespace_ino
+            record.ask = _as_asked(purpose.ask)
+            return self._send(bytes(ffi.buffer(record)), [tree.fileno()])
+        absent = b"".join(path + b"\0" for path in purpose.absent)
+        if len(purpose.shielded) > lib.IX_AHEAD_SHIELDS or len(absent) + 2 > lib.IX_AHEAD_ABSENT:
+            return False
+        record.act, record.attributes = lib.IX_ACT_SWAP, purpose.attributes
+        record.dev_major, record.dev_minor = purpose.dev
+        record.shields = len(purpose.shielded)
+        for index, path in enumerate(purpose.shielded):
+            record.shield[index] = hashed(path)
+        ffi.memmove(record.absent, absent, len(absent))
+        return self._send(bytes(ffi.buffer(record)), [tree.fileno()])
+
+    def receive(self) -> Ask | Ready | Refused | Repeated | Taken | None:
         """The next message; None at end of file.
 
         Raises `BlockingIOError` if there is none, `ProtocolError` for what a sound guard never sends.
@@ -219,13 +265,30 @@ class GuardLink:
         return _decode(data, fds)
 
 
-def _decode(data: bytes, fds: list[OwnedFd]) -> Ask | Ready | Refused | Repeated:
+def _as_asked(ask: Ask) -> dict[str, object]:
+    """A question as the next like it will be asked, but for what differs each time."""
+    return {
+        "type": lib.IX_MSG_ASK,
+        "op": ask.op,
+        "flags": ask.flags,
+        "kind": ask.kind,
+        "hidepid": -1 if ask.hidepid is None else ask.hidepid,
+        "subset_pid": ask.subset_pid,
+        "gid": 0xFFFFFFFF if ask.gid is None else ask.gid,
+        "sb_flags": ask.sb_flags,
+        "source": ask.source,
+    }
+
+
+def _decode(data: bytes, fds: list[OwnedFd]) -> Ask | Ready | Refused | Repeated | Taken:
     if len(data) == _NOTE_SIZE:
         note = ffi.from_buffer("struct ix_note *", data)
         if note.type == lib.IX_MSG_READY:
             return Ready(int(note.value))
         if note.type == lib.IX_MSG_REFUSED:
             return Refused(int(note.value))
+        if note.type == lib.IX_MSG_TAKEN:
+            return Taken(int(note.value))
     if len(data) == _STORM_SIZE:
         storm = ffi.from_buffer("struct ix_storm *", data)
         if storm.type == lib.IX_MSG_STORM and storm.op in (Op.UMOUNT, Op.DETACH, Op.MOVE):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from interceptor.errors import InterceptorError, ProtocolError
 from interceptor.guards.journal import Journal
 from interceptor.guards.keeper import Keeper
-from interceptor.guards.link import Answer, Ask, Facts, GuardLink, Refused, Repeated, socket_pair
+from interceptor.guards.link import Answer, Ask, Facts, GuardLink, Refused, Repeated, Taken, socket_pair
 from interceptor.kernel.fd import OwnedFd
 from interceptor.observe.log import get_logger
 
@@ -62,6 +62,7 @@ class Supervisor:
         journal: Journal,
         facts: Callable[[], Facts],
         answer: Callable[[Ask], Answer],
+        taken: Callable[[int], None],
         listeners: Mapping[int, OwnedFd],
         changed: Callable[[], None],
         repeated: Callable[[Repeated], None],
@@ -80,6 +81,7 @@ class Supervisor:
         self._userns = userns
         self._facts = facts
         self._answer = answer
+        self._taken = taken
         self._listeners = listeners
         self._changed = changed
         self._repeated = repeated
@@ -163,6 +165,8 @@ class Supervisor:
                 self._reply(link, message)
             elif isinstance(message, Repeated):
                 self._repeated(message)
+            elif isinstance(message, Taken):
+                self._taken(message.number)
             elif isinstance(message, Refused):
                 self._log.error(
                     "a guard has no room for a listener; its calls are refused", listener=message.index

@@ -50,10 +50,6 @@ class Material:
     view: dict[tuple[bytes, bytes], Kept] = field(default_factory=dict)
     """The view's submounts by (filesystem type, path): cloned for each composite."""
     bare: OrderedDict[tuple[int, int], Kept] = field(default_factory=OrderedDict)
-    spare: tuple[NewMount, OwnedFd] | None = None
-    """A composite made ahead of need, for the container's own namespaces."""
-    last_new: NewMount | None = None
-    """What was asked for last, there."""
 
     def keep_bare(self, dev: tuple[int, int], tree: OwnedFd) -> Kept:
         """Keeps a bare clone; the oldest goes when there are too many (a container can ask for any number).
@@ -78,24 +74,10 @@ class Material:
                 self.bare.setdefault(stat.statx(mount.AT_FDCWD, kept.path).dev, kept)
 
     def close(self) -> None:
-        self.drop_spare()
         self.made.forget(self.shelf.path)
         self.shelf.clear()
         self.view.clear()
         self.bare.clear()
-
-    def take_spare(self, new: NewMount) -> OwnedFd | None:
-        """The composite that was made ahead, if it is one like this."""
-        if self.spare is None or self.spare[0] != new:
-            return None
-        tree = self.spare[1]
-        self.spare = None
-        return tree
-
-    def drop_spare(self) -> None:
-        if self.spare is not None:
-            self.shelf.janitor.take_tree(self.spare[1])
-            self.spare = None
 
 
 class Composer:
@@ -208,7 +190,7 @@ class Composer:
         bare = material.bare.get(base.dev)
         if bare is None:
             return None
-        like = Likeness(material.shelf.path, base.dev, base.attributes, inside, frozenset(shielded))
+        like = _likeness(base, inside, shielded, material)
         if (welded := self.made.again(like)) is not None:
             return welded
         tree = bare.clone(inside)
@@ -223,6 +205,18 @@ class Composer:
         with self.bench.holding(tree) as place:
             self._cover(place, inside, base.fstype, material, covers)
             return self.made.weld(like, bare, place, covers)
+
+    def absent(
+        self, base: stat.MountStat, shielded: Collection[bytes], material: Material
+    ) -> tuple[bytes, ...]:
+        """What the composite of all of a base that `again` has just made does not cover, as it is not there."""
+        return self.made.absent(_likeness(base, b"", shielded, material))
+
+
+def _likeness(
+    base: stat.MountStat, inside: bytes, shielded: Collection[bytes], material: Material
+) -> Likeness:
+    return Likeness(material.shelf.path, base.dev, base.attributes, inside, frozenset(shielded))
 
 
 def _is_below(path: bytes, inside: bytes) -> bool:

@@ -35,13 +35,13 @@ class Made:
 
     def __init__(self, welder: Welder) -> None:
         self._welder = welder
-        self._slots: OrderedDict[Likeness, tuple[str, tuple[str, ...]]] = OrderedDict()
+        self._slots: OrderedDict[Likeness, tuple[str, str, tuple[bytes, ...]]] = OrderedDict()
+        """Slot of the rack, path of the bare tree, paths that this did not have."""
 
     def weld(self, like: Likeness, bare: Kept, place: str, covers: Iterable[Covered]) -> OwnedFd:
         """The weld of what stands at ``place``, which is used up; kept from now on. Raises `SyscallError`."""
-        absent = (os.path.join(bare.path, os.fsdecode(c.path)) for c in covers)
         tree, slot = self._welder.weld_to_keep(place)
-        self._slots[like] = slot, tuple(path for path in absent if not os.path.lexists(path))
+        self._slots[like] = slot, bare.path, tuple(c.path for c in covers if not _has(bare.path, c.path))
         if len(self._slots) > MADE_MAX:
             self._let_go(next(iter(self._slots)))
         return tree
@@ -50,12 +50,16 @@ class Made:
         """Another one like it; None where there is none, or where something has appeared that it does not cover."""
         if like not in self._slots:
             return None
-        slot, absent = self._slots[like]
-        if any(map(os.path.lexists, absent)):
+        slot, bare, absent = self._slots[like]
+        if any(_has(bare, path) for path in absent):
             self._let_go(like)
             return None
         self._slots.move_to_end(like)
         return self._welder.again(slot)
+
+    def absent(self, like: Likeness) -> tuple[bytes, ...]:
+        """What one that is kept does not cover, since it was not there."""
+        return self._slots[like][2]
 
     def forget(self, owner: str, dev: tuple[int, int] | None = None) -> None:
         """All that were made for one owner go, or those of one device."""
@@ -63,5 +67,9 @@ class Made:
             self._let_go(like)
 
     def _let_go(self, like: Likeness) -> None:
-        slot, _absent = self._slots.pop(like)
+        slot, *_ = self._slots.pop(like)
         self._welder.let_go(slot)
+
+
+def _has(tree: str, path: bytes) -> bool:
+    return os.path.lexists(os.path.join(os.fsencode(tree), path))

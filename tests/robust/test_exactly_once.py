@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import signal
 from collections.abc import Callable
 from typing import TypeVar
@@ -169,8 +170,10 @@ def _changes_namespaces() -> tuple[int, int, list[str]]:
     Truth().prepare()
     wrong: list[str] = []
     changes = calls = 0
-    signal.setitimer(signal.ITIMER_REAL, INTERVAL, INTERVAL)
+    instants = random.Random(7)
     while changes < CHANGES and not wrong:
+        # At any instant of a call, which takes a tenth of the interval where what it asks for was made ahead.
+        signal.setitimer(signal.ITIMER_REAL, instants.uniform(0.01, 1) * INTERVAL, INTERVAL)
         result = inside.try_mount(b"x", NEW, b"proc")
         calls += 1
         if result == errno.EINTR:
@@ -185,7 +188,6 @@ def _changes_namespaces() -> tuple[int, int, list[str]]:
         wrong += [f"call {calls}: raw: {node!r}" for node in (*inside.raw_below(NEW), *inside.raw_nodes())]
         while stack_at(NEW) and inside.try_umount(NEW) == 0:
             pass
-        signal.setitimer(signal.ITIMER_REAL, INTERVAL, INTERVAL)
     signal.setitimer(signal.ITIMER_REAL, 0)
     return calls, changes, wrong
 
