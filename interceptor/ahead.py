@@ -24,9 +24,11 @@ from interceptor.mounts.composite import Composer
 from interceptor.observe.log import get_logger
 
 #: As many as a guard has room for (native/ahead.c).
-PLACES = 8
+PLACES = 16
 #: How many are kept of new mounts that are alike: while one is made, another is used.
 NEW_DEPTH = 2
+#: Kinds of new mounts that are remembered to have been asked for.
+NEW_KINDS = 4
 #: A guard that asks for what it was given so long ago, in seconds, does not have it any more.
 LOST_S = 1.0
 
@@ -70,7 +72,7 @@ class Stock:
 
     def __init__(self) -> None:
         self.orders: OrderedDict[int, _Order] = OrderedDict()
-        self.asked_last: NewMount | None = None
+        self._asked: OrderedDict[NewMount, None] = OrderedDict()
         self._number = 0
 
     def add(self, order: _Order) -> int:
@@ -79,6 +81,15 @@ class Stock:
         if len(self.orders) > PLACES:
             self.orders.popitem(last=False)
         return self._number
+
+    def was_asked_for(self, new: NewMount) -> bool:
+        """Whether it was asked for not long ago; from now on it was."""
+        before = new in self._asked
+        self._asked[new] = None
+        self._asked.move_to_end(new)
+        if len(self._asked) > NEW_KINDS:
+            self._asked.popitem(last=False)
+        return before
 
     def has_enough(self, key: _New | _Swap) -> bool:
         return sum(order.key == key for order in self.orders.values()) >= key.depth
@@ -112,9 +123,9 @@ class Ahead:
     def asked_for_new(self, container: Container, ask: Ask, new: NewMount) -> None:
         """A question about a new mount, for the container's own namespaces (none of others is kept alive)."""
         stock = self._stock(container)
-        if new == stock.asked_last and new.gid is None:
+        if new.gid is None and stock.was_asked_for(new):
+            stock.drop_lost(_New(new))
             self._ensure(container, _Order(_New(new), ask))
-        stock.asked_last = new
 
     def asked_for_swap(self, container: Container, base: MountStat, shielded: frozenset[bytes]) -> None:
         """A question about a cover of a copied base. What comes next in the table is likely to be next to go."""

@@ -347,6 +347,10 @@ bool ix_act_alone(struct ix_call *call, const struct ix_request *request, struct
 		*reply = ix_let_kernel_run("a mount of the container's own");
 	} else if (request->op == IX_OP_UMOUNT) {
 		known = unmount_alone(call, id, namespace_id, reply) || swap_alone(call, id, namespace_id, reply);
+		if (!known && !protected && ix_is_shield(id)) {
+			*reply = ix_let_kernel_run("welded: the kernel answers EINVAL");
+			known = true;
+		}
 	} else if (request->op == IX_OP_DETACH) {
 		known = foreign ? !protected && ix_takes_no_original_along(id, namespace_id)
 					 : ix_goes_whole(id, namespace_id, true);

@@ -4,7 +4,7 @@
  */
 #include "guard.h"
 
-enum { PLACES = 8 };
+enum { PLACES = 16 };
 
 /* Nothing of a place is touched before it is used. */
 struct place {

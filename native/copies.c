@@ -171,6 +171,13 @@ static bool is_shield(const struct seen *m)
 	       strncmp(m->sm.str + m->sm.mnt_root, "/shield", strlen("/shield")) == 0;
 }
 
+/* Welded, it is EINVAL to the kernel; bound elsewhere, the container's own. */
+bool ix_is_shield(uint64_t mnt_id)
+{
+	struct seen m;
+	return look(mnt_id, &m) && is_shield(&m);
+}
+
 /* A base that is a copy without doubt, and on which an unmount has no effect elsewhere. */
 static bool is_plain_copy(const struct ix_facts *facts, const struct seen *base, uint64_t namespace_id)
 {

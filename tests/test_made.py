@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from collections.abc import Callable
 
 import pytest
 
 from interceptor.kernel import mount, stat
-from interceptor.kernel.flags import AT_FDCWD
-from interceptor.library import Interceptor
+from interceptor.kernel.flags import AT_FDCWD, CLONE_NEWPID
+from interceptor.kernel.namespaces import unshare
+from interceptor.library import GuardedChild, Interceptor
 from tests import guarded as inside
-from tests.robust.support import COPY, MS_BIND, MS_REC, MS_REMOUNT, Truth, stack_at
+from tests.robust.support import COPY, MS_BIND, MS_REC, MS_REMOUNT, Truth, eventually, guard_pid, stack_at
 
 pytestmark = pytest.mark.root
 
@@ -117,3 +119,128 @@ def test_one_is_out_of_date_once_something_appears_that_it_does_not_cover(
 
     with real_interceptor.spawn(masked_paths=[f"/proc/{LATE_PID}"]) as child:
         assert child.call(body) == [False, False, True]
+
+
+def _needs_no_question(daemon: Interceptor, child: GuardedChild, body: Callable[[], object]) -> None:
+    """Does it until the guard needs no question for it, once what was made ahead has had the time to arrive."""
+
+    def asked() -> int:
+        return int(daemon.request("stats", id=child.cid)["asked"])
+
+    def unasked() -> bool:
+        before = asked()
+        child.call(body)
+        return asked() == before
+
+    eventually(unasked, "an answer without a question")
+
+
+@pytest.mark.parametrize("fstype", [b"proc", b"sysfs"])
+def test_a_new_one_that_was_asked_for_before_needs_no_question(
+    real_interceptor: Interceptor, fstype: bytes
+) -> None:
+    def body() -> None:
+        Truth().prepare()
+        assert inside.try_mount(b"x", COPY, fstype, MS_RDONLY) == 0
+        (base,) = [m for m in inside.mounts() if m.point == COPY]
+        assert base.attributes & MS_RDONLY
+        assert inside.raw_below(COPY) == []
+        # Another one, which shares nothing with the first.
+        assert inside.try_mount(b"x", COPY, fstype, 0) == (0 if fstype == b"proc" else errno.EBUSY)
+        for _ in stack_at(COPY):
+            assert inside.try_umount(COPY) == 0
+
+    with real_interceptor.spawn() as child:
+        _needs_no_question(real_interceptor, child, body)
+
+
+def test_what_is_asked_for_in_other_namespaces_is_not_what_was_made_ahead(
+    real_interceptor: Interceptor,
+) -> None:
+    def here() -> int:
+        Truth().prepare()
+        assert inside.try_mount(b"x", COPY, b"proc") == 0
+        first = int(os.readlink(COPY + b"/self"))
+        assert inside.try_umount(COPY) == 0
+        return first
+
+    def there() -> bool:
+        unshare(CLONE_NEWPID)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if here() == os.getpid() == 1 else 1)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    with real_interceptor.spawn() as child:
+        _needs_no_question(real_interceptor, child, lambda: None if here() == os.getpid() else os.abort())
+        assert child.call(there)
+        assert child.call(lambda: here() == os.getpid())
+
+
+def test_a_copied_cover_that_went_before_needs_no_question(real_interceptor: Interceptor) -> None:
+    def body() -> None:
+        Truth().prepare()
+        _take_apart(b"/sys", b"/devices/virtual")
+
+    with real_interceptor.spawn() as child:
+        _needs_no_question(real_interceptor, child, body)
+
+
+def test_covers_that_go_one_after_the_other_leave_a_shield_each(real_interceptor: Interceptor) -> None:
+    """In the order in which umount_recursive() of systemd takes them, with a mount of the container's own there."""
+    covers = (b"/swaps", b"/sys", b"/uptime")
+    own = COPY + b"/bus"
+
+    def body() -> list[bytes]:
+        Truth().prepare()
+        assert inside.try_mount(b"/proc", COPY, None, MS_BIND | MS_REC) == 0
+        assert inside.try_mount(b"x", own, b"tmpfs") == 0
+        (mine,) = stack_at(own)
+        for cover in covers:
+            assert inside.try_umount(COPY + cover) == 0
+            assert inside.raw_below(COPY) == []
+            assert inside.try_umount(COPY + cover) == errno.EINVAL
+        found = {m.point: m for m in inside.mounts()}
+        assert len(stack_at(own)) == 1 and mine
+        shields = sorted(
+            p[len(COPY) :] for p, m in found.items() if p.startswith(COPY) and m.root.startswith(b"/shield")
+        )
+        assert inside.try_umount(own) == 0
+        assert inside.try_umount(COPY) == 0
+        return shields
+
+    with real_interceptor.spawn() as child:
+        for _ in range(5):
+            assert child.call(body) == [b"/swaps", b"/sys", b"/uptime"]
+
+
+def test_one_made_ahead_is_out_of_date_once_something_appears(real_interceptor: Interceptor) -> None:
+    late = b"/%d" % LATE_PID
+
+    def body() -> bool:
+        Truth().prepare()
+        shapes, _, _ = _take_apart(b"/proc", b"/uptime")
+        return any(point == COPY + late for point, _, _, _ in shapes)
+
+    def with_it() -> bool:
+        assert _process(LATE_PID) == LATE_PID
+        return body()
+
+    with real_interceptor.spawn(masked_paths=[f"/proc/{LATE_PID}"]) as child:
+        _needs_no_question(real_interceptor, child, lambda: os.abort() if body() else None)
+        assert child.call(with_it)
+        assert child.call(body), "it is still there"
+
+
+def test_a_successor_of_the_guard_starts_with_none(real_interceptor: Interceptor) -> None:
+    def body() -> None:
+        Truth().prepare()
+        assert inside.try_mount(b"x", COPY, b"proc") == 0
+        assert inside.try_umount(COPY) == 0
+
+    with real_interceptor.spawn() as child:
+        _needs_no_question(real_interceptor, child, body)
+        guard = guard_pid(real_interceptor, child.cid)
+        os.kill(guard, signal.SIGKILL)
+        eventually(lambda: guard_pid(real_interceptor, child.cid) not in (0, guard), "a successor")
+        _needs_no_question(real_interceptor, child, body)
