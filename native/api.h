@@ -347,10 +347,11 @@ void ix_become_envoy(const int *ns_fds, int ns_count, int sock, int proc_fd, int
 
 /* ---- nursery.c --------------------------------------------------------------------------------------------- */
 
-enum { IX_BIRTH_GUARD = 1, IX_BIRTH_ENVOY = 2 };
+enum { IX_BIRTH_GUARD = 1, IX_BIRTH_ENVOY = 2, IX_BIRTH_CLONER = 3, IX_PARTS_MAX = 16 };
 
 /* An order to fork. Descriptors beside it: of a guard user namespace, link, journal; of an envoy socket, bare procfs and
- * sysfs, pidfd, user namespace, further namespaces. The answer is a PID with its pidfd, or a negative errno. */
+ * sysfs, pidfd, user namespace, further namespaces; of a cloner a socket, on which are paths, each with its NUL, in one
+ * message, and to which it sends an int for each, 0 or a positive errno, and clones of the mounts there. The answer is a PID with its pidfd, or a negative errno. */
 struct ix_birth {
 	uint32_t kind;
 	uint32_t spare;

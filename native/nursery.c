@@ -56,12 +56,57 @@ static ssize_t receive(int sock, struct ix_birth *birth, int fds[CHILD_FDS], int
 	return n;
 }
 
+/*
+ * Clones of the mounts at paths of the view. A process of its own does this, because it waits for the view: the daemon
+ * kills it where that takes long.
+ */
+static void clone_parts(int sock)
+{
+	union {
+		char bytes[CMSG_SPACE(IX_PARTS_MAX * sizeof(int))];
+		struct cmsghdr align;
+	} control = {0};
+	static char paths[IX_PARTS_MAX * PATH_MAX];
+	int errors[IX_PARTS_MAX], fds[IX_PARTS_MAX], parts = 0, clones = 0;
+	ssize_t size = recv(sock, paths, sizeof(paths), 0);
+	if (size <= 0 || paths[size - 1] != '\0')
+		return;
+	for (const char *path = paths; path < paths + size && parts < IX_PARTS_MAX; path += strlen(path) + 1) {
+		int fd = ix_open_tree(AT_FDCWD, path, OPEN_TREE_CLONE | AT_SYMLINK_NOFOLLOW);
+		errors[parts++] = fd < 0 ? -fd : 0;
+		if (fd >= 0)
+			fds[clones++] = fd;
+	}
+	struct iovec data = {.iov_base = errors, .iov_len = (size_t)parts * sizeof(int)};
+	struct msghdr msg = {.msg_iov = &data, .msg_iovlen = 1};
+	if (clones > 0) {
+		msg.msg_control = control.bytes;
+		msg.msg_controllen = CMSG_SPACE((size_t)clones * sizeof(int));
+		struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
+		c->cmsg_level = SOL_SOCKET;
+		c->cmsg_type = SCM_RIGHTS;
+		c->cmsg_len = CMSG_LEN((size_t)clones * sizeof(int));
+		memcpy(CMSG_DATA(c), fds, (size_t)clones * sizeof(int));
+	}
+	sendmsg(sock, &msg, MSG_NOSIGNAL);
+}
+
+static void become_cloner(int sock)
+{
+	int keep = dup2(sock, 3);
+	ix_close_range(4, ~0U);
+	clone_parts(keep);
+	_exit(0);
+}
+
 static void become(const struct ix_birth *birth, const int *fds, int count, int proc)
 {
 	if (birth->kind == IX_BIRTH_GUARD && count == 3)
 		ix_become_guard(fds[0], proc, fds[1], fds[2], &birth->config);
 	if (birth->kind == IX_BIRTH_ENVOY && count > 4)
 		ix_become_envoy(fds + 4, count - 4, fds[0], fds[1], fds[2], fds[3]);
+	if (birth->kind == IX_BIRTH_CLONER && count == 1)
+		become_cloner(fds[0]);
 	_exit(70);
 }
 

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,13 +80,15 @@ class Keeper:
         Somebody else walks the view for us, and is killed if that takes longer than `VIEW_TIMEOUT_S`: nothing that a
         container needs may wait for something that serves containers. Raises `InterceptorError`.
         """
+        places = [os.path.join(self.workshop_root, "view", path) for path in paths]
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, theirs:
-            _, fds = self._order({"op": "view_parts", "paths": paths}, [theirs.fileno()])
+            ours.send(b"".join(os.fsencode(place) + b"\0" for place in places))
+            _, fds = self._order({"op": "cloner"}, [theirs.fileno()])
             theirs.close()
             with OwnedFd(fds[0]) as child:
                 try:
-                    return _receive_parts(ours)
+                    return _receive_parts(ours, paths)
                 finally:
                     with contextlib.suppress(ProcessLookupError):
                         signal.pidfd_send_signal(child.fileno(), signal.SIGKILL)
@@ -97,26 +98,26 @@ class Keeper:
         self._order({"op": "quit"}, [])
 
 
-def _receive_parts(sock: socket.socket) -> dict[str, OwnedFd]:
-    parts: dict[str, OwnedFd] = {}
-    end = time.monotonic() + VIEW_TIMEOUT_S
+def _receive_parts(sock: socket.socket, paths: list[str]) -> dict[str, OwnedFd]:
+    if not is_ready(sock, VIEW_TIMEOUT_S):
+        raise InterceptorError("the view does not answer", "see the log of the view")
     try:
-        while True:
-            if not is_ready(sock, end - time.monotonic()):
-                raise InterceptorError("the view does not answer", "see the log of the view")
-            message, received = receive_packet(sock)
-            if message is None:
-                raise InterceptorError("the view could not be walked: whoever did it is gone")
-            if "end" in message:
-                return parts
-            if received:
-                parts[message["path"]] = OwnedFd(received[0])
-            elif message["errno"] != errno.ENOENT:
-                raise InterceptorError(f"view: {message['path']}: {os.strerror(message['errno'])}")
-    except BaseException:
-        for part in parts.values():
-            part.close()
-        raise
+        said, received, _flags, _address = socket.recv_fds(
+            sock, 4 * len(paths), len(paths), socket.MSG_CMSG_CLOEXEC
+        )
+    except ConnectionError:
+        said, received = b"", []
+    clones = [OwnedFd(fd) for fd in received]
+    errors = memoryview(said).cast("i").tolist()
+    wrong = next((e for e in zip(paths, errors, strict=False) if e[1] not in (0, errno.ENOENT)), None)
+    if len(errors) != len(paths) or wrong or errors.count(0) != len(clones):
+        for clone in clones:
+            clone.close()
+        if wrong:
+            raise InterceptorError(f"view: {wrong[0]}: {os.strerror(wrong[1])}")
+        raise InterceptorError("the view could not be walked: whoever did it is gone")
+    there = (path for path, error in zip(paths, errors, strict=True) if not error)
+    return dict(zip(there, clones, strict=True))
 
 
 def connect(config: Config) -> tuple[Keeper, bool]:

@@ -24,7 +24,7 @@ import sys
 from typing import Any
 
 from interceptor._native import ffi, lib
-from interceptor.guards.viewing import Adds, ViewKeeping, send_parts
+from interceptor.guards.viewing import Adds, ViewKeeping
 from interceptor.packets import receive_packet, send_packet
 
 CLONE_NEWNS = 0x20000
@@ -316,18 +316,9 @@ class Keeper:
         """Forks an envoy. Descriptors: socket, bare procfs and sysfs, pidfd, user namespace, then others to join."""
         return self._child(self.nursery.fork(lib.IX_BIRTH_ENVOY, fds), fds)
 
-    def order_view_parts(self, message: Any, fds: list[int]) -> tuple[dict[str, Any], list[int]]:
-        """Forks somebody who clones mounts at paths of the view, may wait for it, and sends them to the socket."""
-        (sock,) = fds
-        paths = [str(path) for path in message["paths"]]
-
-        def body() -> None:
-            keep = os.dup2(sock, 3)
-            lib.ix_close_range(4, 0xFFFFFFFF)
-            send_parts(self.workshop.root, paths, keep)
-            os._exit(0)
-
-        return self._child(_fork(body), fds)
+    def order_cloner(self, _message: Any, fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """Forks somebody who clones mounts at paths of the view, which may take long. Descriptor: a socket."""
+        return self._child(self.nursery.fork(lib.IX_BIRTH_CLONER, fds), fds)
 
     def _child(self, child: tuple[int, int], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         pid, pidfd = child

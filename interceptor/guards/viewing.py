@@ -172,18 +172,3 @@ def _set_niceness(pid: int, niceness: int) -> None:
         os.setpriority(os.PRIO_PROCESS, pid, niceness)
     with contextlib.suppress(OSError), open(f"/proc/{pid}/autogroup", "w") as file:
         file.write(f"{niceness}")
-
-
-def send_parts(root: str, paths: list[str], sock: int) -> None:
-    """Body of a child: clones of the mounts at these paths of the view go to ``sock``, each in a packet with its path.
-
-    A process of its own does this, because it waits for the view. Paths that are not there are left out.
-    """
-    with socket.socket(fileno=sock) as out:
-        for path in paths:
-            place = os.path.join(root, "view", path)
-            fd = lib.ix_open_tree(AT_FDCWD, place.encode(), OPEN_TREE_CLONE | AT_SYMLINK_NOFOLLOW)
-            send_packet(out, {"path": path, "errno": max(0, -fd)}, [fd] if fd >= 0 else [])
-            if fd >= 0:
-                os.close(fd)
-        send_packet(out, {"end": True})
