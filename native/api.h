@@ -44,6 +44,8 @@ int64_t ix_listmount(uint64_t mnt_id, uint64_t ns_id, uint64_t last, uint64_t *i
 int ix_setns(int fd, int nstype);
 int ix_unshare(int flags);
 int ix_mntns_id(int fd, uint64_t *id);
+/* 1 if a descriptor is one of a namespace that a user namespace or one below it owns, else 0. */
+int ix_belongs_to(int fd, int userns_fd);
 int ix_pidfd_getfd(int pidfd, int fd);
 int ix_seccomp_listen(const void *program, unsigned short instructions, unsigned int flags);
 int ix_seccomp_notif_sizes(void);

@@ -4,6 +4,7 @@
 #include <linux/filter.h>
 #include <linux/mount.h>
 #include <sys/prctl.h>
+#include <sys/sysmacros.h>
 
 int ix_open_tree(int dirfd, const char *path, unsigned int flags)
 {
@@ -160,6 +161,32 @@ int ix_unshare(int flags)
 int ix_mntns_id(int fd, uint64_t *id)
 {
 	return ix_result(ioctl(fd, IX_NS_GET_MNTNS_ID, id));
+}
+
+enum { NESTING_MAX = 33 };
+
+/* A descriptor that is of no namespace is asked nothing: behind it may be a server that never answers. */
+int ix_belongs_to(int fd, int userns_fd)
+{
+	struct ix_stat found;
+	struct stat wanted, owner;
+	int r = ix_statx(fd, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &found);
+	if (r < 0 || (r = ix_result(fstat(userns_fd, &wanted))) < 0)
+		return r;
+	if (found.dev_major != major(wanted.st_dev) || found.dev_minor != minor(wanted.st_dev))
+		return 0;
+	cleanup_close int at = ix_result(ioctl(fd, IX_NS_GET_USERNS));
+	for (int depth = 0; at >= 0 && depth < NESTING_MAX; depth++) {
+		if (fstat(at, &owner) < 0)
+			return 0;
+		if (owner.st_ino == wanted.st_ino)
+			return 1;
+		/* EPERM: above the initial one there is none. */
+		int parent = ix_result(ioctl(at, IX_NS_GET_PARENT));
+		ix_close_fd(&at);
+		at = parent;
+	}
+	return 0;
 }
 
 int ix_pidfd_getfd(int pidfd, int fd)

@@ -133,21 +133,31 @@ class CoverSource(NamedTuple):
     """`MountAttr` bits to set."""
 
 
-def put_covers(place: str, covers: Sequence[CoverSource]) -> None:
-    """Covers the tree that stands at ``place``, in one go; paths that it does not have are passed over.
+class Covers:
+    """Covers of a tree as the compiled module takes them: made once for many trees that are alike."""
 
-    Raises `SyscallError` with the path of the cover that failed.
-    """
-    step = ffi.new("int *")
-    # A text that occurs twice is one pointer: where the sources are the same, nobody has to look what is to be covered.
-    texts = {text: ffi.new("char[]", text) for c in covers for text in c[:3] if text is not None}
-    array = ffi.new(
-        "struct ix_cover[]",
-        [(*(ffi.NULL if text is None else texts[text] for text in c[:3]), c.attributes) for c in covers],
-    )
-    result = lib.ix_put_covers(os.fsencode(place), array, len(covers), step)
-    if result < 0:
-        raise SyscallError(-result, f"covering of {os.fsdecode(covers[step[0]].path)} at {place}")
+    def __init__(self, covers: Sequence[CoverSource]) -> None:
+        self._paths = [c.path for c in covers]
+        # A text that occurs twice is one pointer: where the sources are the same, nobody has to look what is to be
+        # covered.
+        self._texts = {text: ffi.new("char[]", text) for c in covers for text in c[:3] if text is not None}
+        self._array = ffi.new(
+            "struct ix_cover[]",
+            [
+                (*(ffi.NULL if text is None else self._texts[text] for text in c[:3]), c.attributes)
+                for c in covers
+            ],
+        )
+
+    def put(self, place: str) -> None:
+        """Covers the tree that stands at ``place``, in one go; paths that it does not have are passed over.
+
+        Raises `SyscallError` with the path of the cover that failed.
+        """
+        step = ffi.new("int *")
+        result = lib.ix_put_covers(os.fsencode(place), self._array, len(self._paths), step)
+        if result < 0:
+            raise SyscallError(-result, f"covering of {os.fsdecode(self._paths[step[0]])} at {place}")
 
 
 _WELDING = ("mkdir", "move_mount", "setns", "open_tree", "mount_setattr")

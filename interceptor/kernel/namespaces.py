@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from interceptor._native import lib
-from interceptor.kernel import stat
 from interceptor.kernel.call import c_fd, checked
 from interceptor.kernel.fd import FdLike, OwnedFd
 from interceptor.kernel.flags import CLONE_FS, CLONE_NEWNS
@@ -43,10 +42,8 @@ def belongs_to(fd: FdLike, user_namespace: FdLike) -> bool:
 
     A descriptor that is of no namespace is asked nothing: behind it may be a server that never answers.
     """
-    found, wanted = stat.statx(fd), os.fstat(c_fd(user_namespace))
-    if found.dev != (os.major(wanted.st_dev), os.minor(wanted.st_dev)):
-        return False
-    return bool(owners(fd, wanted.st_ino))
+    result = lib.ix_belongs_to(c_fd(fd), c_fd(user_namespace))
+    return bool(checked(result, "statx", c_fd(fd), c_fd(user_namespace)))
 
 
 def owners(namespace: FdLike, last: int) -> tuple[int, ...]:

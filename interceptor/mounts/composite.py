@@ -50,6 +50,8 @@ class Material:
     view: dict[tuple[bytes, bytes], Kept] = field(default_factory=dict)
     """The view's submounts by (filesystem type, path): cloned for each composite."""
     bare: OrderedDict[tuple[int, int], Kept] = field(default_factory=OrderedDict)
+    prepared: dict[bytes, mount.Covers] = field(default_factory=dict)
+    """All covers of a base, by filesystem type."""
 
     def keep_bare(self, dev: tuple[int, int], tree: OwnedFd) -> Kept:
         """Keeps a bare clone; the oldest goes when there are too many (a container can ask for any number).
@@ -124,16 +126,27 @@ class Composer:
         subset = fstype == b"proc" and not inside and not os.path.lexists(os.path.join(place, "sys"))
         if subset:
             self._set_subset(place, b",")
-        mount.put_covers(
-            place,
+        self._prepared(inside, fstype, material, covers).put(place)
+        if subset:
+            self._set_subset(place, b"pid")
+
+    def _prepared(
+        self, inside: bytes, fstype: bytes, material: Material, covers: Iterable[Covered]
+    ) -> mount.Covers:
+        """Those of whole bases are had again: what they are made of is there before the first base is."""
+        planned = not inside and covers is material.plan.of(fstype)
+        if planned and fstype in material.prepared:
+            return material.prepared[fstype]
+        made = mount.Covers(
             [
                 self._source(_below(covered.path, inside), covered, fstype, material)
                 for covered in covers
                 if _is_below(covered.path, inside)
-            ],
+            ]
         )
-        if subset:
-            self._set_subset(place, b"pid")
+        if planned:
+            material.prepared[fstype] = made
+        return made
 
     @staticmethod
     def _set_subset(place: str, value: bytes) -> None:

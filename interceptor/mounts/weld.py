@@ -191,6 +191,18 @@ def _namespace_of(sock: OwnedFd) -> OwnedFd:
     return OwnedFd(fd)
 
 
+def _is_made(path: str, is_directory: bool) -> bool:
+    """Makes what a tree can be mounted upon; false if something is there, a predecessor's."""
+    try:
+        if is_directory:
+            os.mkdir(path, 0o700)
+        else:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        return False
+    return True
+
+
 class Kept:
     """A tree that stands on a shelf to be cloned from."""
 
@@ -230,13 +242,11 @@ class Shelf:
 
     def put(self, tree: OwnedFd) -> Kept:
         """Keeps a detached tree, which is used up."""
-        while os.path.lexists(path := os.path.join(self.path, str(self._serial))):
-            self._serial += 1
         with tree:
-            if stat_module.S_ISDIR(stat.statx(tree).mode):
-                os.mkdir(path, 0o700)
-            else:
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            is_directory = stat_module.S_ISDIR(stat.statx(tree).mode)
+            while not _is_made(path := os.path.join(self.path, str(self._serial)), is_directory):
+                self._serial += 1
+            self._serial += 1
             mount.attach(tree, mount.AT_FDCWD, path)
         return Kept(path)
 
