@@ -24,9 +24,9 @@ from interceptor.mounts.composite import Composer
 from interceptor.observe.log import get_logger
 
 #: As many as a guard has room for (native/ahead.c).
-PLACES = 16
-#: How many are kept of new mounts that are alike: while one is made, another is used.
-NEW_DEPTH = 2
+PLACES = 24
+#: How many that are alike: while one is made, another is used.
+DEPTH = 2
 #: Kinds of new mounts that are remembered to have been asked for.
 NEW_KINDS = 4
 #: A guard that asks for what it was given so long ago, in seconds, does not have it any more.
@@ -39,10 +39,6 @@ class _New:
 
     new: NewMount
 
-    @property
-    def depth(self) -> int:
-        return NEW_DEPTH
-
 
 @dataclass(frozen=True)
 class _Swap:
@@ -51,10 +47,6 @@ class _Swap:
     dev: tuple[int, int]
     attributes: int
     shielded: frozenset[bytes]
-
-    @property
-    def depth(self) -> int:
-        return 1
 
 
 class _Order:
@@ -92,7 +84,7 @@ class Stock:
         return before
 
     def has_enough(self, key: _New | _Swap) -> bool:
-        return sum(order.key == key for order in self.orders.values()) >= key.depth
+        return sum(order.key == key for order in self.orders.values()) >= DEPTH
 
     def drop_lost(self, key: _New | _Swap) -> None:
         """It was asked for: what is not on its way has gone."""

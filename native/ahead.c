@@ -4,7 +4,7 @@
  */
 #include "guard.h"
 
-enum { PLACES = 16 };
+enum { PLACES = 24 };
 
 /* Nothing of a place is touched before it is used. */
 struct place {
