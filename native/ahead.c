@@ -71,13 +71,16 @@ static bool fits_new(const struct ix_ahead *a, const struct ix_ask *ask, uint64_
 	return a->act == IX_ACT_ATTACH && a->ns_ino == ns_ino && memcmp(&a->ask, &alike, sizeof(alike)) == 0;
 }
 
-/* Whether something has appeared that it does not cover. */
+/*
+ * Whether something has appeared that it does not cover. What would be below a cover (EXDEV) is not looked for: nobody
+ * here asks the view anything, and in the original it would show as well.
+ */
 static bool is_out_of_date(const struct ix_ahead *a, int tree)
 {
 	for (const char *path = a->absent; *path; path += strlen(path) + 1) {
 		cleanup_close int fd = ix_openat2(tree, path, O_PATH | O_NOFOLLOW, 0,
-						  RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS);
-		if (fd != -ENOENT && fd != -ENOTDIR)
+						  RESOLVE_BENEATH | RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS);
+		if (fd != -ENOENT && fd != -ENOTDIR && fd != -EXDEV)
 			return true;
 	}
 	return false;

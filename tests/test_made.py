@@ -5,16 +5,25 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Callable
 
 import pytest
 
 from interceptor.kernel import mount, stat
 from interceptor.kernel.flags import AT_FDCWD, CLONE_NEWPID
 from interceptor.kernel.namespaces import unshare
-from interceptor.library import GuardedChild, Interceptor
+from interceptor.library import Interceptor
 from tests import guarded as inside
-from tests.robust.support import COPY, MS_BIND, MS_REC, MS_REMOUNT, Truth, eventually, guard_pid, stack_at
+from tests.robust.support import (
+    COPY,
+    MS_BIND,
+    MS_REC,
+    MS_REMOUNT,
+    Truth,
+    eventually,
+    guard_pid,
+    needs_no_question,
+    stack_at,
+)
 
 pytestmark = pytest.mark.root
 
@@ -121,22 +130,8 @@ def test_one_is_out_of_date_once_something_appears_that_it_does_not_cover(
         assert child.call(body) == [False, False, True]
 
 
-def _needs_no_question(daemon: Interceptor, child: GuardedChild, body: Callable[[], object]) -> None:
-    """Does it until the guard needs no question for it, once what was made ahead has had the time to arrive."""
-
-    def asked() -> int:
-        return int(daemon.request("stats", id=child.cid)["asked"])
-
-    def unasked() -> bool:
-        before = asked()
-        child.call(body)
-        return asked() == before
-
-    eventually(unasked, "an answer without a question")
-
-
 @pytest.mark.parametrize("fstype", [b"proc", b"sysfs"])
-def test_a_new_one_that_was_asked_for_before_needs_no_question(
+def test_a_new_one_that_was_asked_for_beforeneeds_no_question(
     real_interceptor: Interceptor, fstype: bytes
 ) -> None:
     def body() -> None:
@@ -151,7 +146,7 @@ def test_a_new_one_that_was_asked_for_before_needs_no_question(
             assert inside.try_umount(COPY) == 0
 
     with real_interceptor.spawn() as child:
-        _needs_no_question(real_interceptor, child, body)
+        needs_no_question(real_interceptor, child, body)
 
 
 def test_what_is_asked_for_in_other_namespaces_is_not_what_was_made_ahead(
@@ -172,18 +167,18 @@ def test_what_is_asked_for_in_other_namespaces_is_not_what_was_made_ahead(
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
     with real_interceptor.spawn() as child:
-        _needs_no_question(real_interceptor, child, lambda: None if here() == os.getpid() else os.abort())
+        needs_no_question(real_interceptor, child, lambda: None if here() == os.getpid() else os.abort())
         assert child.call(there)
         assert child.call(lambda: here() == os.getpid())
 
 
-def test_a_copied_cover_that_went_before_needs_no_question(real_interceptor: Interceptor) -> None:
+def test_a_copied_cover_that_went_beforeneeds_no_question(real_interceptor: Interceptor) -> None:
     def body() -> None:
         Truth().prepare()
         _take_apart(b"/sys", b"/devices/virtual")
 
     with real_interceptor.spawn() as child:
-        _needs_no_question(real_interceptor, child, body)
+        needs_no_question(real_interceptor, child, body)
 
 
 def test_covers_that_go_one_after_the_other_leave_a_shield_each(real_interceptor: Interceptor) -> None:
@@ -227,7 +222,7 @@ def test_one_made_ahead_is_out_of_date_once_something_appears(real_interceptor: 
         return body()
 
     with real_interceptor.spawn(masked_paths=[f"/proc/{LATE_PID}"]) as child:
-        _needs_no_question(real_interceptor, child, lambda: os.abort() if body() else None)
+        needs_no_question(real_interceptor, child, lambda: os.abort() if body() else None)
         assert child.call(with_it)
         assert child.call(body), "it is still there"
 
@@ -239,8 +234,8 @@ def test_a_successor_of_the_guard_starts_with_none(real_interceptor: Interceptor
         assert inside.try_umount(COPY) == 0
 
     with real_interceptor.spawn() as child:
-        _needs_no_question(real_interceptor, child, body)
+        needs_no_question(real_interceptor, child, body)
         guard = guard_pid(real_interceptor, child.cid)
         os.kill(guard, signal.SIGKILL)
         eventually(lambda: guard_pid(real_interceptor, child.cid) not in (0, guard), "a successor")
-        _needs_no_question(real_interceptor, child, body)
+        needs_no_question(real_interceptor, child, body)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from interceptor.kernel.process import pidfd_open
-from interceptor.library import Interceptor
+from interceptor.library import GuardedChild, Interceptor
 from tests import guarded as inside
 
 #: Seconds after which a call or a wait counts as hanging.
@@ -154,6 +154,20 @@ def eventually(predicate: Callable[[], bool], what: str, patience: float = PATIE
         assert time.monotonic() < deadline, f"after {patience:g} s still not: {what}"
         # A poll of nothing: 5 ms until the next look.
         select.select([], [], [], 0.005)
+
+
+def needs_no_question(daemon: Interceptor, child: GuardedChild, body: Callable[[], object]) -> None:
+    """Does it until the guard needs no question for it, once what was made ahead has had the time to arrive."""
+
+    def asked() -> int:
+        return int(daemon.request("stats", id=child.cid)["asked"])
+
+    def unasked() -> bool:
+        before = asked()
+        child.call(body)
+        return asked() == before
+
+    eventually(unasked, "an answer without a question")
 
 
 def settles_at(daemon: Interceptor, expected: dict[str, int]) -> None:

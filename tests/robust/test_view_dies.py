@@ -15,7 +15,21 @@ import pytest
 
 from interceptor.errors import InterceptorError
 from interceptor.library import GuardedChild, Interceptor
-from tests.robust.support import PATIENCE, descriptors, eventually, family, kill, pipe, view_of
+from tests import guarded as inside
+from tests.robust.support import (
+    COPY,
+    MS_BIND,
+    MS_REC,
+    PATIENCE,
+    Truth,
+    descriptors,
+    eventually,
+    family,
+    kill,
+    needs_no_question,
+    pipe,
+    view_of,
+)
 
 pytestmark = pytest.mark.root
 
@@ -189,17 +203,23 @@ def test_killed_view_leaks_nothing(daemon: Interceptor) -> None:
 # ---- nothing that the host needs waits for the view --------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _view_stopped(daemon: Interceptor) -> Iterator[None]:
+    (view,) = view_of(daemon)
+    os.kill(view, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(view, signal.SIGCONT)
+
+
 @pytest.fixture
 def stopped(daemon: Interceptor) -> Iterator[GuardedChild]:
     """A container whose view is stopped: whoever touches a path of it waits."""
     with daemon.spawn() as child:
         child.run(["true"])
-        (view,) = view_of(daemon)
-        os.kill(view, signal.SIGSTOP)
-        try:
+        with _view_stopped(daemon):
             yield child
-        finally:
-            os.kill(view, signal.SIGCONT)
 
 
 def _mount_and_unmount() -> str:
@@ -230,6 +250,23 @@ def test_neither_daemon_nor_guard_waits_for_a_stopped_view(
     daemon.poststop({"ociVersion": "1.0.2", "id": stopped.cid, "status": "stopped", "bundle": "/"})
     assert daemon.request("ps") == []
     assert time.monotonic() - begin < PATIENCE / 2
+
+
+def _take_a_copy_apart() -> None:
+    Truth().prepare()
+    assert inside.try_mount(b"/sys", COPY, None, MS_BIND | MS_REC) == 0
+    assert inside.try_umount(COPY + b"/kernel") == 0
+    assert inside.try_umount(COPY) == 0
+
+
+def test_what_was_made_ahead_is_used_without_a_look_into_a_stopped_view(daemon: Interceptor) -> None:
+    # A masked path that the machine does not have, inside the view: does it exist by now?
+    with daemon.spawn(masked_paths=["/sys/devices/virtual/nothing"]) as child:
+        needs_no_question(daemon, child, _take_a_copy_apart)
+        with _view_stopped(daemon):
+            begin = time.monotonic()
+            child.call(_take_a_copy_apart)
+            assert time.monotonic() - begin < PATIENCE / 2
 
 
 def test_container_made_while_the_view_is_stopped_fails_in_time(
