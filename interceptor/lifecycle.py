@@ -66,7 +66,7 @@ class Lifecycle:
         self.watch = Watch(self._supervisors)
         self._awaited: dict[str, asyncio.TimerHandle] = {}
         """Containers without a listener so far, by ID."""
-        self._coherence = Coherence(self._loop, self._janitor.take_tree)
+        self._coherence = Coherence(self._loop, self._janitor.take_tree, self._not_gated)
 
     # ---- creation ----------------------------------------------------------------------------------------------
 
@@ -105,6 +105,13 @@ class Lifecycle:
                 container=cid,
                 error=str(error),
             )
+
+    def _not_gated(self, cid: str, error: OSError) -> None:
+        self._log.warning(
+            "docker cp and the like do not wait: they may see what was before",
+            container=cid,
+            error=str(error),
+        )
 
     def refresh(self, cid: str) -> None:
         """A manager is about to work with a container: see `interceptor.idshift.coherence`."""

@@ -16,7 +16,7 @@ import pytest
 from interceptor.errors import SyscallError
 from interceptor.idshift import coherence
 from interceptor.idshift.coherence import PAUSE, Coherence, Pair
-from interceptor.idshift.gatekeeper import LOWER
+from interceptor.idshift.gatekeeper import LOWER, Gatekeeper
 from interceptor.kernel.fd import OwnedFd, is_ready
 
 pytestmark = pytest.mark.root
@@ -57,7 +57,8 @@ class Overlays:
         self.manager, self.container = directory / "manager", directory / "mapped"
         self.loop = Loop()
         self.closed: list[OwnedFd] = []
-        self.coherence = Coherence(self.loop, self.closed.append)
+        self.not_gated: list[str] = []
+        self.coherence = Coherence(self.loop, self.closed.append, lambda cid, _: self.not_gated.append(cid))
         fds = [OwnedFd(os.open(path, os.O_PATH)) for path in (self.manager, self.container, directory)]
         self.coherence.add("c", Pair(*fds))
 
@@ -177,6 +178,21 @@ def test_who_opens_the_file_of_the_layers_sees_all_that_was_done_before(gated: G
         (gated.manager / given).write_text("from the host")
         gated.lower.read_text()
         assert (gated.container / given).read_text() == "from the host"
+
+
+def test_it_is_told_where_nobody_waits(gated: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise SyscallError(errno.EINVAL, "fanotify_mark")
+
+    monkeypatch.setattr(Gatekeeper, "add", refused)
+    fds = [OwnedFd(os.open(path, os.O_PATH)) for path in (gated.manager, gated.container, gated.lower.parent)]
+    gated.coherence.add("d", Pair(*fds))
+    assert gated.not_gated == ["d"]
+    # Then the manager is heard.
+    assert not (gated.container / "given").exists()
+    (gated.manager / "given").write_text("from the host")
+    gated.loop.turn()
+    assert (gated.container / "given").exists()
 
 
 def test_nobody_waits_after_the_container_has_ended(gated: Gated) -> None:

@@ -32,7 +32,6 @@ from interceptor.idshift.gatekeeper import LOWER, Gatekeeper
 from interceptor.kernel.fanotify import Watched, watch_filesystem
 from interceptor.kernel.fd import OwnedFd, is_ready
 from interceptor.kernel.mount import reconfigure
-from interceptor.observe.log import get_logger
 
 #: Where the wrapper leaves them in its stage: the manager's overlay, and the directory that has the upper one.
 MANAGER, DISK = "manager", "disk"
@@ -84,10 +83,14 @@ def open_pair(stage: str) -> Pair | None:
 class Coherence:
     """All pairs of this daemon."""
 
-    def __init__(self, loop: Loop, closing: Callable[[OwnedFd], None]) -> None:
-        """``closing``: closes a descriptor elsewhere, where nobody minds that it takes time."""
+    def __init__(
+        self, loop: Loop, closing: Callable[[OwnedFd], None], not_gated: Callable[[str, OSError], None]
+    ) -> None:
+        """``closing``: closes a descriptor elsewhere, where nobody minds that it takes time. ``not_gated`` is told of
+        containers whose manager could not be made to wait, and why."""
         self._loop = loop
         self._closing = closing
+        self._not_gated = not_gated
         self._pairs: dict[str, Pair] = {}
         self._uses: dict[str, _Watch] = {}
         self._disks: dict[int, _Watch] = {}
@@ -159,8 +162,7 @@ class Coherence:
         except FileNotFoundError:
             return False  # another kind of manager
         except OSError as error:
-            log = get_logger(container=cid)
-            log.warning("docker cp and the like do not wait: they may see what was before", error=str(error))
+            self._not_gated(cid, error)
             return False
         self._gated.add(cid)
         return True
