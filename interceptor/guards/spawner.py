@@ -270,7 +270,7 @@ class Keeper:
                 self._client_left(client)
                 return
             try:
-                reply, reply_fds = getattr(self, "order_" + str(message["op"]))(message, fds)
+                reply, reply_fds = getattr(self, f"order_{message['op']}", self._unknown)(message, fds)
             except Exception as error:  # one bad order must not end what keeps every container guarded
                 reply, reply_fds = {"error": f"{type(error).__name__}: {error}"}, []
             send_packet(client, {"ok": "error" not in reply, **reply}, reply_fds)
@@ -280,6 +280,9 @@ class Keeper:
         finally:
             for fd in fds:
                 os.close(fd)
+
+    def _unknown(self, _message: Any, _fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+        return {"error": "it is of another version; restart the service when no container runs"}, []
 
     def order_hello(self, _message: Any, _fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         """What a daemon starts with: the workshop's namespace, the welder's and the view's sockets."""

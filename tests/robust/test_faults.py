@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import socket
 import time
 
 import pytest
 
 from interceptor.library import GuardedChild, Interceptor
+from interceptor.packets import receive_packet, send_packet
 from tests import guarded as inside
 from tests.robust import support
 from tests.robust.support import PATIENCE, Truth, eventually, guard_pid, kill, pipe
@@ -265,3 +267,18 @@ def test_a_guard_that_dies_again_and_again_leaves_nobody_waiting(daemon: Interce
             eventually(lambda guard=guard: guard_pid(daemon, child.cid) != guard, "the daemon saw it")  # type: ignore[misc]
         os.write(order, b"go")
         assert process.wait(PATIENCE).value != 0
+
+
+def test_a_keeper_of_another_version_says_what_to_do(daemon: Interceptor) -> None:
+    with daemon.spawn() as child:
+        daemon.kill()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as keeper:
+            keeper.settimeout(PATIENCE)
+            keeper.connect(daemon.config.keeper_socket)
+            send_packet(keeper, {"op": "what is to be invented"}, [])
+            reply, _ = receive_packet(keeper)
+        assert reply is not None
+        assert not reply["ok"]
+        assert "restart the service when no container runs" in reply["error"]
+        daemon.start()
+        assert child.run(["umount", "/proc/sys"]).returncode == 32
