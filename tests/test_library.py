@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -134,6 +134,14 @@ def test_a_function_s_exception_is_raised_with_where_it_came_from(real_guarded: 
 def test_a_value_that_cannot_be_pickled_is_an_error(real_guarded: GuardedChild) -> None:
     with pytest.raises(RuntimeError, match="cannot be pickled"):
         real_guarded.call(lambda: threading.Lock())
+
+
+@pytest.mark.parametrize(("end", "status"), [(os.abort, "-6"), (lambda: os._exit(3), "3")])
+def test_a_call_that_does_not_return_is_an_error(
+    real_guarded: GuardedChild, end: Callable[[], object], status: str
+) -> None:
+    with pytest.raises(ContainerError, match=f"ended with status {status} "):
+        real_guarded.call(end)
 
 
 def test_sys_exit_in_a_function_is_its_exit_status(real_guarded: GuardedChild) -> None:

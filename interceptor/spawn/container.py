@@ -147,8 +147,12 @@ class GuardedChild:
             return process.wait(timeout)
 
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """What ``function`` returns when it is run inside. Raises what it raises."""
-        return self.run(lambda: function(*args, **kwargs)).value  # type: ignore[return-value]
+        """What ``function`` returns when it is run inside. Raises what it raises, and `ContainerError` if it ends its
+        process instead."""
+        done = self.run(lambda: function(*args, **kwargs))
+        if done.returncode:
+            raise ContainerError(f"the process ended with status {done.returncode} and returned nothing")
+        return done.value  # type: ignore[return-value]
 
     # ---- the end ----
 
