@@ -6,7 +6,6 @@ import errno
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from interceptor.idshift import coherence
 from interceptor.idshift.coherence import PAUSE, Coherence, Pair
 from interceptor.idshift.gatekeeper import LOWER, Gatekeeper
 from interceptor.kernel.fd import OwnedFd, is_ready
+from tests.robust.support import eventually
 
 pytestmark = pytest.mark.root
 
@@ -195,6 +195,27 @@ def test_it_is_told_where_nobody_waits(gated: Gated, monkeypatch: pytest.MonkeyP
     assert (gated.container / "given").exists()
 
 
+def test_a_manager_is_heard_where_there_can_be_no_other_gatekeeper(
+    gated: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise SyscallError(errno.EINVAL, "fanotify_mark")
+
+    monkeypatch.setattr(Gatekeeper, "add", refused)
+    (pid,) = _gatekeepers()
+    os.kill(pid, signal.SIGKILL)
+    fd = next(fd for fd, callback in gated.loop.readers.items() if "gatekeeper" in callback.__name__)
+    assert is_ready(fd, 10)
+    gated.loop.turn()
+    for timer in gated.loop.timers:
+        timer()
+    assert gated.not_gated == ["c"]
+    assert not (gated.container / "given").exists()
+    (gated.manager / "given").write_text("from the host")
+    gated.loop.turn()
+    assert (gated.container / "given").exists()
+
+
 def test_nobody_waits_after_the_container_has_ended(gated: Gated) -> None:
     gated.coherence.remove("c")
     assert not (gated.manager / "late").exists()
@@ -209,8 +230,7 @@ def test_who_waits_is_let_through_when_the_gatekeeper_is_killed_and_there_is_ano
     (pid,) = _gatekeepers()
     os.kill(pid, signal.SIGSTOP)
     with subprocess.Popen(["cat", gated.lower], stdout=subprocess.DEVNULL) as reader:
-        while "fanotify" not in Path(f"/proc/{reader.pid}/wchan").read_text():
-            time.sleep(0.01)  # sleep: until it waits in the kernel, which nothing tells
+        eventually(lambda: "fanotify" in Path(f"/proc/{reader.pid}/wchan").read_text(), "a reader that waits")
         os.kill(pid, signal.SIGKILL)
         assert reader.wait(10) == 0
     fd = next(fd for fd, callback in gated.loop.readers.items() if "gatekeeper" in callback.__name__)

@@ -108,11 +108,7 @@ class Coherence:
     def _add(self, cid: str, pair: Pair) -> None:
         self._pairs[cid] = pair
         forget(pair.manager)
-        if not self._put_at_gate(cid, pair):
-            # Closed at once: events that nobody has read hold on to what they are about, with its name.
-            self._uses[cid] = _Watch(
-                self._loop, OwnedFd.close, pair.manager, Watched.USE, lambda: self._used(cid)
-            )
+        self._attend(cid, pair)
         device = _device(pair)
         if device not in self._disks:
             self._disks[device] = _Watch(
@@ -150,6 +146,15 @@ class Coherence:
             self.remove(cid)
         self._end_gatekeeper()
 
+    def _attend(self, cid: str, pair: Pair) -> None:
+        """Has the manager wait, or else hears it. Raises `SyscallError`."""
+        if not self._put_at_gate(cid, pair):
+            self._gated.discard(cid)
+            # Closed at once: events that nobody has read hold on to what they are about, with its name.
+            self._uses[cid] = _Watch(
+                self._loop, OwnedFd.close, pair.manager, Watched.USE, lambda: self._used(cid)
+            )
+
     def _put_at_gate(self, cid: str, pair: Pair) -> bool:
         """Has the manager wait; False where it has no such file, or the kernel no such events."""
         try:
@@ -180,7 +185,7 @@ class Coherence:
 
     def _start_again(self) -> None:
         for cid in sorted(self._gated & self._pairs.keys()):
-            self._put_at_gate(cid, self._pairs[cid])
+            self._attend(cid, self._pairs[cid])
             self._used(cid)
 
     def _look(self, cid: str) -> bool:
