@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from interceptor.containers.cgroups import places
 from interceptor.library import GuardedChild, Interceptor
 from interceptor.mounts.managed import CGROUP_PROC, CGROUP_SYS
 from tests.robust.support import eventually, kill, view_of
-from tests.view_support import forked, reap
+from tests.view_support import forked, reap, told
 
 pytestmark = pytest.mark.root
 
@@ -86,20 +85,13 @@ def inside(
 ) -> Any:
     """What ``work`` returns, as JSON, of a new container in that cgroup. A process of its own makes it: who spawns a
     container is what it inherits its cgroup from."""
-    read, write = os.pipe()
 
-    def child() -> None:
-        os.close(read)
+    def child() -> object:
         limits.join()
-        with daemon.spawn(**options) as container, open(write, "w") as result:
-            json.dump(work(container), result)
+        with daemon.spawn(**options) as container:
+            return work(container)
 
-    pid = forked(child)
-    os.close(write)
-    with open(read) as result:
-        said = result.read()
-    assert reap(pid) == 0, said
-    return json.loads(said)
+    return told(child)
 
 
 def output(*argv: str) -> str:

@@ -126,6 +126,23 @@ class Sandbox:
                 reap(self.envoy)
 
 
+def told(work: Callable[[], object]) -> Any:
+    """What ``work`` returns, as JSON, in a process of its own."""
+    read, write = os.pipe()
+
+    def child() -> None:
+        os.close(read)
+        with open(write, "w") as result:
+            json.dump(work(), result)
+
+    pid = forked(child)
+    os.close(write)
+    with open(read) as result:
+        said = result.read()
+    assert reap(pid) == 0, said
+    return json.loads(said)
+
+
 class ViewProcess:
     """A view in a mount namespace of its own, its server, and our end of its control socket."""
 
@@ -229,21 +246,13 @@ class ViewProcess:
         from interceptor.kernel.flags import CLONE_NEWNS
         from interceptor.kernel.namespaces import setns
 
-        read, write = os.pipe()
-
-        def child() -> None:
+        def child() -> object:
             setns(self.namespace, CLONE_NEWNS)
             if sandbox is not None:
                 sandbox.enter(uid)
-            with open(write, "w") as result:
-                json.dump(work(), result)
+            return work()
 
-        pid = forked(child)
-        os.close(write)
-        with open(read) as result:
-            said = result.read()
-        assert reap(pid) == 0, said
-        return json.loads(said)
+        return told(child)
 
     def enter_namespace(self) -> None:
         """Where the view is mounted; for a child."""
