@@ -110,7 +110,8 @@ static const char *own_descriptor(const char *path)
 /*
  * Whether a glance at the path suffices to let the kernel run the call: one statx instead of two opens. It resolves
  * like the caller but for what climbs above a root (`..` in a chroot) and for links that start at one, which are not
- * found; so it may only ever lead to CONTINUE, which is never wrong (the welds hold), and all else looks properly.
+ * found; so it may only lead to CONTINUE, which is never wrong (the welds hold), and all else looks properly, except
+ * where neither can be in the path: `right_below_root`.
  */
 static bool glance(const struct ix_call *call, const char *path, bool follow, struct ix_stat *st)
 {
@@ -167,18 +168,45 @@ static bool known_harmless(const struct ix_call *call, enum ix_op op, bool follo
 	return true;
 }
 
+/* Whether the daemon has answered that already, or the guard. */
+static bool cached_verdict(const struct ix_call *call, enum ix_op op, uint64_t mnt_id, struct ix_reply *reply)
+{
+	int error;
+	int known = ix_cache_get(mnt_id, op, &error);
+	if (known == 0)
+		return false;
+	__atomic_add_fetch(&ix_guard_state.journal->cached, 1, __ATOMIC_RELAXED);
+	*reply = ix_let_kernel_run("cached verdict");
+	if (known == 1)
+		return true;
+	ix_count_repetition(call, op, mnt_id);
+	if (ix_caller_has_cap(call->tid, CAP_SYS_ADMIN))
+		*reply = ix_deny(error);
+	else
+		*reply = ix_let_kernel_run("EPERM is the kernel's");
+	return true;
+}
+
+/* A name right below the caller's root, where no link and no `..` can lead a glance astray: it sees what the kernel would. */
+static bool right_below_root(const char *path)
+{
+	return path[0] == '/' && !strchr(path + 1, '/') && !names_a_place(path);
+}
+
+/* Original bases are unmounted lazily again and again: known by a glance, where that is as good as a proper look. */
+static bool known_below_root(const struct ix_call *call, enum ix_op op, struct ix_reply *reply)
+{
+	struct ix_stat st;
+	return right_below_root(call->path) && glance(call, call->path, false, &st) && st.mount_root &&
+	       cached_verdict(call, op, st.mnt_id, reply);
+}
+
 /* From the cache, from what the mount is, or from the daemon. */
 struct ix_reply ix_decide(struct ix_call *call, enum ix_op op, int fd, const struct ix_stat *st, uint64_t flags)
 {
-	int error;
-	int known = ix_cache_get(st->mnt_id, op, &error);
-	if (known) {
-		__atomic_add_fetch(&ix_guard_state.journal->cached, 1, __ATOMIC_RELAXED);
-		if (known == 1)
-			return ix_let_kernel_run("cached verdict");
-		ix_count_repetition(call, op, st->mnt_id);
-		return ix_caller_has_cap(call->tid, CAP_SYS_ADMIN) ? ix_deny(error) : ix_let_kernel_run("EPERM is the kernel's");
-	}
+	struct ix_reply reply;
+	if (cached_verdict(call, op, st->mnt_id, &reply))
+		return reply;
 	__atomic_add_fetch(&ix_guard_state.journal->missed, 1, __ATOMIC_RELAXED);
 	struct ix_request request = {.op = op, .st = st, .flags = flags, .foreign = !ix_is_ours(call, fd, st)};
 	if (request.foreign && !may_be_immutable(op)) {
@@ -190,7 +218,6 @@ struct ix_reply ix_decide(struct ix_call *call, enum ix_op op, int fd, const str
 	}
 	if (!ix_open_mount_namespace(call) || !ix_caller_rules(call, call->mntns))
 		return ix_let_kernel_run("the caller lacks the right: EPERM is the kernel's");
-	struct ix_reply reply;
 	if (ix_act_alone(call, &request, &reply))
 		return reply;
 	struct ix_ask ask = {.type = IX_MSG_ASK, .op = op, .mnt_id = st->mnt_id, .flags = flags, .tid = call->tid};
@@ -252,8 +279,9 @@ static struct ix_reply handle_umount(struct ix_call *call, uint64_t flags)
 		ix_account(call);
 	enum ix_op op = flags & MNT_DETACH ? IX_OP_DETACH : IX_OP_UMOUNT;
 	struct ix_reply reply;
-	/* A lazy one is what original bases are asked for again and again; its refusal takes the proper look anyway. */
 	if (op == IX_OP_UMOUNT && !names_a_place(call->path) && known_harmless(call, op, !(flags & UMOUNT_NOFOLLOW), &reply))
+		return reply;
+	if (flags == MNT_DETACH && known_below_root(call, op, &reply))
 		return reply;
 	if (resolve_target(call, !(flags & UMOUNT_NOFOLLOW)) < 0 || step_to_top(call) < 0)
 		return ix_let_kernel_run("a path that does not resolve");
