@@ -319,6 +319,19 @@ static bool unmount_alone(struct ix_call *call, uint64_t id, uint64_t namespace_
 	return whole;
 }
 
+/* What the kernel refuses to unmount. */
+static bool leave_alone(const struct ix_request *request, struct ix_reply *reply)
+{
+	uint64_t id = request->st->mnt_id;
+	bool welded = !ix_guard_state.config.protect_immutable && ix_is_shield(id);
+	if (welded)
+		ix_cache_put(id, request->op, 0);
+	if (!welded && !ix_is_kept_busy(id))
+		return false;
+	*reply = ix_let_kernel_run(welded ? "welded: the kernel answers EINVAL" : "in use: EBUSY is the kernel's");
+	return true;
+}
+
 /* A copied cover goes, where a composite without it was made ahead. */
 static bool swap_alone(struct ix_call *call, uint64_t id, uint64_t namespace_id, struct ix_reply *reply)
 {
@@ -346,11 +359,8 @@ bool ix_act_alone(struct ix_call *call, const struct ix_request *request, struct
 		known = !protected || request->op != IX_OP_UMOUNT;
 		*reply = ix_let_kernel_run("a mount of the container's own");
 	} else if (request->op == IX_OP_UMOUNT) {
-		known = unmount_alone(call, id, namespace_id, reply) || swap_alone(call, id, namespace_id, reply);
-		if (!known && !protected && ix_is_shield(id)) {
-			*reply = ix_let_kernel_run("welded: the kernel answers EINVAL");
-			known = true;
-		}
+		known = leave_alone(request, reply) || unmount_alone(call, id, namespace_id, reply) ||
+			swap_alone(call, id, namespace_id, reply);
 	} else if (request->op == IX_OP_DETACH) {
 		known = foreign ? !protected && ix_takes_no_original_along(id, namespace_id)
 					 : ix_goes_whole(id, namespace_id, true);

@@ -69,13 +69,22 @@ static int kind_of_base(const struct seen *m)
 	return m->sm.sb_magic == IX_PROC_SUPER_MAGIC ? 0 : m->sm.sb_magic == IX_SYSFS_MAGIC ? 1 : -1;
 }
 
-/* How many mounts are at the root of the namespace, above this one: one more on a root that was pivoted away. */
+/*
+ * How many mounts are at the root of the namespace, above this one: one more on a root that was pivoted away. What is
+ * beneath the top one cannot be reached and has no mount point; at the bottom is the kernel's own, which does not count.
+ */
 static uint32_t roots_above(const struct seen *m)
 {
-	struct seen at = *m;
+	uint64_t id = m->sm.mnt_parent_id;
 	uint32_t roots = 0;
-	for (int depth = 0; depth < DEPTH_MAX && at.sm.mnt_parent_id != at.sm.mnt_id && look(at.sm.mnt_parent_id, &at); depth++)
-		roots += strcmp(point_of(&at), "/") == 0;
+	for (int depth = 0; depth < DEPTH_MAX; depth++) {
+		struct seen at;
+		if (ix_statmount(id, 0, IX_STATMOUNT_MNT_BASIC | IX_STATMOUNT_MNT_POINT, &at, sizeof(at)) < 0 ||
+		    at.sm.mnt_parent_id == id)
+			break;
+		roots += !(at.sm.mask & IX_STATMOUNT_MNT_POINT) || strcmp(point_of(&at), "/") == 0;
+		id = at.sm.mnt_parent_id;
+	}
 	return roots;
 }
 
@@ -100,26 +109,29 @@ static bool is_managed(const struct ix_facts *facts, int kind, uint64_t path)
 	return false;
 }
 
-/* Whether the base carries what is welded to it and nothing else: the first mount on each managed path. */
-static bool carries_only_covers(const struct ix_facts *facts, int kind, const struct seen *base)
+/* What is on a base: the first mount on each managed path, which is welded to it, and what else. */
+enum load { LOAD_COVERS, LOAD_OWN, LOAD_UNCLEAR };
+
+static enum load load_of(const struct ix_facts *facts, const struct seen *base)
 {
 	uint64_t ids[BELOW_MAX], points[BELOW_MAX];
 	int64_t n = ix_listmount(base->sm.mnt_id, 0, 0, ids, BELOW_MAX);
 	size_t prefix = strcmp(point_of(base), "/") == 0 ? 0 : strlen(point_of(base));
-	if (n < 0 || n == BELOW_MAX)
-		return false;
-	for (int64_t i = 0; i < n; i++) {
+	enum load load = n < 0 || n == BELOW_MAX ? LOAD_UNCLEAR : LOAD_COVERS;
+	for (int64_t i = 0; i < n && load != LOAD_OWN; i++) {
 		struct seen m;
-		if (!look(ids[i], &m) || strlen(point_of(&m)) <= prefix || !is_managed(facts, kind, hash(point_of(&m) + prefix + 1)))
-			return false;
+		if (!look(ids[i], &m) || strlen(point_of(&m)) <= prefix)
+			return LOAD_UNCLEAR;
 		points[i] = hash(point_of(&m));
 		bool on_base = m.sm.mnt_parent_id == base->sm.mnt_id;
+		if (!is_managed(facts, kind_of_base(base), hash(point_of(&m) + prefix + 1)))
+			load = on_base ? LOAD_OWN : LOAD_UNCLEAR;
 		for (int64_t k = 0; k < i && !on_base; k++)
 			on_base = m.sm.mnt_parent_id == ids[k] && points[k] != points[i];
 		if (!on_base)
-			return false;
+			load = LOAD_UNCLEAR;
 	}
-	return true;
+	return load;
 }
 
 /*
@@ -245,6 +257,14 @@ bool ix_describe_swap(uint64_t mnt_id, uint64_t namespace_id, struct ix_swap *sw
 	return describe_covers(&facts, &base, &target, swap);
 }
 
+/* A mount of the container's own on a base keeps it from going: EBUSY, to the kernel too. */
+bool ix_is_kept_busy(uint64_t mnt_id)
+{
+	struct ix_facts facts = facts_now();
+	struct seen base;
+	return facts.namespace_id != 0 && look(mnt_id, &base) && kind_of_base(&base) >= 0 && load_of(&facts, &base) == LOAD_OWN;
+}
+
 /*
  * Whether a mount of this thread's mount namespace is a copied base that may go with all that is welded to it, or, where
  * that is to happen lazily, with whatever is on it. Where the parent has peers, an original could go as well.
@@ -255,6 +275,5 @@ bool ix_goes_whole(uint64_t mnt_id, uint64_t namespace_id, bool lazily)
 	struct seen base;
 	if (!look(mnt_id, &base) || !is_plain_copy(&facts, &base, namespace_id))
 		return false;
-	return lazily ? ix_takes_no_original_along(mnt_id, namespace_id)
-		      : carries_only_covers(&facts, kind_of_base(&base), &base);
+	return lazily ? ix_takes_no_original_along(mnt_id, namespace_id) : load_of(&facts, &base) == LOAD_COVERS;
 }

@@ -163,6 +163,7 @@ bool ix_takes_no_original_along(uint64_t mnt_id, uint64_t namespace_id);
 bool ix_is_of_base_type(uint64_t mnt_id);
 bool ix_goes_whole(uint64_t mnt_id, uint64_t namespace_id, bool lazily);
 bool ix_is_shield(uint64_t mnt_id);
+bool ix_is_kept_busy(uint64_t mnt_id);
 bool ix_describe_swap(uint64_t mnt_id, uint64_t namespace_id, struct ix_swap *swap);
 /* ahead.c */
 void ix_take_ahead(const struct ix_ahead *ahead, int *fd);

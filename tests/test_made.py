@@ -131,7 +131,7 @@ def test_one_is_out_of_date_once_something_appears_that_it_does_not_cover(
 
 
 @pytest.mark.parametrize("fstype", [b"proc", b"sysfs"])
-def test_a_new_one_that_was_asked_for_beforeneeds_no_question(
+def test_a_new_one_that_was_asked_for_before_needs_no_question(
     real_interceptor: Interceptor, fstype: bytes
 ) -> None:
     def body() -> None:
@@ -172,7 +172,7 @@ def test_what_is_asked_for_in_other_namespaces_is_not_what_was_made_ahead(
         assert child.call(lambda: here() == os.getpid())
 
 
-def test_a_copied_cover_that_went_beforeneeds_no_question(real_interceptor: Interceptor) -> None:
+def test_a_copied_cover_that_went_before_needs_no_question(real_interceptor: Interceptor) -> None:
     def body() -> None:
         Truth().prepare()
         _take_apart(b"/sys", b"/devices/virtual")

@@ -21,6 +21,7 @@ from tests.robust.support import (
     MS_REMOUNT,
     PATIENCE,
     Truth,
+    needs_no_question,
     pipe,
     stack_at,
 )
@@ -187,18 +188,34 @@ def test_an_original_base_stays_while_others_rename(child: GuardedChild) -> None
 
 
 def test_a_copied_base_goes_without_a_question(daemon: Interceptor, child: GuardedChild) -> None:
-    def body() -> list[int]:
+    def body() -> None:
         Truth().prepare()
-        results = []
         for _ in range(5):
             assert inside.try_mount(b"/sys", COPY, None, MS_BIND | MS_REC) == 0
-            results += [inside.try_umount(COPY), len(stack_at(COPY))]
-        return results
+            assert (inside.try_umount(COPY), len(stack_at(COPY))) == (0, 0)
 
-    child.call(body)  # what it finds out about filesystems for the first time may be asked
-    asked = daemon.request("stats", id=child.cid)["asked"]
-    assert child.call(body) == [0, 0] * 5
-    assert daemon.request("stats", id=child.cid)["asked"] == asked
+    needs_no_question(daemon, child, body)
+
+
+def test_what_the_kernel_refuses_needs_no_question(daemon: Interceptor, child: GuardedChild) -> None:
+    def body() -> None:
+        unshare(CLONE_NEWNS)
+        Truth().prepare()
+        assert inside.try_mount(b"/sys", COPY, None, MS_BIND | MS_REC) == 0
+        own = _own(COPY + b"/fs")
+        assert [inside.try_umount(COPY) for _ in range(3)] == [errno.EBUSY] * 3
+        assert inside.try_umount(own) == 0
+        # The cover goes, and the shield in its place does not.
+        assert [inside.try_umount(TARGET) for _ in range(3)] == [0, errno.EINVAL, errno.EINVAL]
+
+    needs_no_question(daemon, child, body)
+
+
+def test_an_old_root_goes_without_a_question(daemon: Interceptor, child: GuardedChild) -> None:
+    def body() -> None:
+        assert _as_a_service(b"/run/new-root") == 0
+
+    needs_no_question(daemon, child, body)
 
 
 def test_in_another_namespace_the_copy_goes_and_the_original_stays(child: GuardedChild) -> None:
