@@ -311,27 +311,6 @@ static struct ix_reply act_detach(struct ix_call *call, const struct ix_answer *
 	return ix_acted(call, detach(call->target, answer->base_id));
 }
 
-static bool unmount_alone(struct ix_call *call, uint64_t id, uint64_t namespace_id, struct ix_reply *reply)
-{
-	bool whole = ix_goes_whole(id, namespace_id, false);
-	if (whole)
-		*reply = begin(call, IX_ACT_DETACH, id, 0) ? ix_acted(call, detach(call->target, id)) : ix_deny(EINTR);
-	return whole;
-}
-
-/* What the kernel refuses to unmount. */
-static bool leave_alone(const struct ix_request *request, struct ix_reply *reply)
-{
-	uint64_t id = request->st->mnt_id;
-	bool welded = !ix_guard_state.config.protect_immutable && ix_is_shield(id);
-	if (welded)
-		ix_cache_put(id, request->op, 0);
-	if (!welded && !ix_is_kept_busy(id))
-		return false;
-	*reply = ix_let_kernel_run(welded ? "welded: the kernel answers EINVAL" : "in use: EBUSY is the kernel's");
-	return true;
-}
-
 /* A copied cover goes, where a composite without it was made ahead. */
 static bool swap_alone(struct ix_call *call, uint64_t id, uint64_t namespace_id, struct ix_reply *reply)
 {
@@ -340,6 +319,28 @@ static bool swap_alone(struct ix_call *call, uint64_t id, uint64_t namespace_id,
 		return false;
 	*reply = act_swap(call, &call->question->answer, call->question->answer_fd);
 	return true;
+}
+
+static bool unmount_alone(struct ix_call *call, const struct ix_request *request, uint64_t namespace_id,
+			  struct ix_reply *reply)
+{
+	uint64_t id = request->st->mnt_id;
+	switch (ix_fate_of(id, namespace_id)) {
+	case IX_FATE_WHOLE:
+		*reply = begin(call, IX_ACT_DETACH, id, 0) ? ix_acted(call, detach(call->target, id)) : ix_deny(EINTR);
+		return true;
+	case IX_FATE_BUSY:
+		*reply = ix_let_kernel_run("the container's own mounts keep it busy: EBUSY is the kernel's");
+		return true;
+	case IX_FATE_WELDED:
+		if (ix_guard_state.config.protect_immutable)
+			return false;
+		ix_cache_put(id, request->op, 0);
+		*reply = ix_let_kernel_run("welded: the kernel answers EINVAL");
+		return true;
+	default:
+		return swap_alone(call, id, namespace_id, reply);
+	}
 }
 
 /* What needs no daemon, because the mount table alone tells all about it. */
@@ -359,11 +360,10 @@ bool ix_act_alone(struct ix_call *call, const struct ix_request *request, struct
 		known = !protected || request->op != IX_OP_UMOUNT;
 		*reply = ix_let_kernel_run("a mount of the container's own");
 	} else if (request->op == IX_OP_UMOUNT) {
-		known = leave_alone(request, reply) || unmount_alone(call, id, namespace_id, reply) ||
-			swap_alone(call, id, namespace_id, reply);
+		known = unmount_alone(call, request, namespace_id, reply);
 	} else if (request->op == IX_OP_DETACH) {
 		known = foreign ? !protected && ix_takes_no_original_along(id, namespace_id)
-					 : ix_goes_whole(id, namespace_id, true);
+					 : ix_goes_lazily(id, namespace_id);
 		*reply = ix_let_kernel_run("a lazy unmount takes along what is below: no original, and nothing with peers");
 	} else {
 		known = ix_is_for_the_kernel(id, namespace_id, request->op, request->flags);

@@ -183,13 +183,6 @@ static bool is_shield(const struct seen *m)
 	       strncmp(m->sm.str + m->sm.mnt_root, "/shield", strlen("/shield")) == 0;
 }
 
-/* Welded, it is EINVAL to the kernel; bound elsewhere, the container's own. */
-bool ix_is_shield(uint64_t mnt_id)
-{
-	struct seen m;
-	return look(mnt_id, &m) && is_shield(&m);
-}
-
 /* A base that is a copy without doubt, and on which an unmount has no effect elsewhere. */
 static bool is_plain_copy(const struct ix_facts *facts, const struct seen *base, uint64_t namespace_id)
 {
@@ -257,23 +250,31 @@ bool ix_describe_swap(uint64_t mnt_id, uint64_t namespace_id, struct ix_swap *sw
 	return describe_covers(&facts, &base, &target, swap);
 }
 
-/* A mount of the container's own on a base keeps it from going: EBUSY, to the kernel too. */
-bool ix_is_kept_busy(uint64_t mnt_id)
+/*
+ * What an unmount of a mount of this thread's mount namespace comes to. A copied base may go with all that is welded to
+ * it; what the container has mounted on a base keeps it busy. A shield is welded, or bound elsewhere and the container's.
+ */
+enum ix_fate ix_fate_of(uint64_t mnt_id, uint64_t namespace_id)
 {
 	struct ix_facts facts = facts_now();
-	struct seen base;
-	return facts.namespace_id != 0 && look(mnt_id, &base) && kind_of_base(&base) >= 0 && load_of(&facts, &base) == LOAD_OWN;
+	struct seen m;
+	if (!look(mnt_id, &m))
+		return IX_FATE_UNCLEAR;
+	if (is_shield(&m))
+		return IX_FATE_WELDED;
+	if (facts.namespace_id == 0 || kind_of_base(&m) < 0)
+		return IX_FATE_UNCLEAR;
+	enum load load = load_of(&facts, &m);
+	if (load == LOAD_OWN)
+		return IX_FATE_BUSY;
+	return load == LOAD_COVERS && is_plain_copy(&facts, &m, namespace_id) ? IX_FATE_WHOLE : IX_FATE_UNCLEAR;
 }
 
-/*
- * Whether a mount of this thread's mount namespace is a copied base that may go with all that is welded to it, or, where
- * that is to happen lazily, with whatever is on it. Where the parent has peers, an original could go as well.
- */
-bool ix_goes_whole(uint64_t mnt_id, uint64_t namespace_id, bool lazily)
+/* Whether a copied base may go lazily, with whatever is on it. Where the parent has peers, an original could go as well. */
+bool ix_goes_lazily(uint64_t mnt_id, uint64_t namespace_id)
 {
 	struct ix_facts facts = facts_now();
 	struct seen base;
-	if (!look(mnt_id, &base) || !is_plain_copy(&facts, &base, namespace_id))
-		return false;
-	return lazily ? ix_takes_no_original_along(mnt_id, namespace_id) : load_of(&facts, &base) == LOAD_COVERS;
+	return look(mnt_id, &base) && is_plain_copy(&facts, &base, namespace_id) &&
+	       ix_takes_no_original_along(mnt_id, namespace_id);
 }

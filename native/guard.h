@@ -161,9 +161,9 @@ void ix_take_facts(const struct ix_facts *facts);
 bool ix_is_for_the_kernel(uint64_t mnt_id, uint64_t namespace_id, enum ix_op op, uint64_t flags);
 bool ix_takes_no_original_along(uint64_t mnt_id, uint64_t namespace_id);
 bool ix_is_of_base_type(uint64_t mnt_id);
-bool ix_goes_whole(uint64_t mnt_id, uint64_t namespace_id, bool lazily);
-bool ix_is_shield(uint64_t mnt_id);
-bool ix_is_kept_busy(uint64_t mnt_id);
+enum ix_fate { IX_FATE_UNCLEAR, IX_FATE_WHOLE, IX_FATE_BUSY, IX_FATE_WELDED };
+enum ix_fate ix_fate_of(uint64_t mnt_id, uint64_t namespace_id);
+bool ix_goes_lazily(uint64_t mnt_id, uint64_t namespace_id);
 bool ix_describe_swap(uint64_t mnt_id, uint64_t namespace_id, struct ix_swap *swap);
 /* ahead.c */
 void ix_take_ahead(const struct ix_ahead *ahead, int *fd);
