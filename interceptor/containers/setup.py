@@ -113,11 +113,25 @@ class Builder:
         self._site = site
         self._network = network
         self._parents: dict[int, MountStat] = {}
+        self._listed: list[MountStat] | None = None
+
+    def _mounts(self) -> list[MountStat]:
+        """Those of the namespace, listed again after each change of ours: a call for each mount, and there are many."""
+        if self._listed is None:
+            self._listed = self._site.mounts()
+        return self._listed
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """For the visiting thread: in the container's namespace, whose mounts are not what they were after it."""
+        with visiting(self._site.namespace, self._site.home):
+            self._listed = None
+            yield
 
     def survey(self) -> Node[MountStat]:
         """The container's mounts as they are. Raises `ContainerError`."""
         try:
-            tree = visible_tree(self._site.mounts(), self._site.top)
+            tree = visible_tree(self._mounts(), self._site.top)
         except LookupError as error:
             raise ContainerError(f"the root filesystem is no mount point: {error}") from None
         self._parents = {c.mount.mnt_id: n.mount for n in _walk(tree) for c in n.children}
@@ -152,7 +166,7 @@ class Builder:
         with visiting(self._site.namespace, self._site.home):
             pieces = _clone_pieces(self._site, tree)
         new = self._assemble(pieces, root_readonly)
-        with new, visiting(self._site.namespace, self._site.home):
+        with new, self._changing():
             with _open_exactly(tree.mount):
                 mount.umount2(self._site.top, UmountFlag.MNT_DETACH)
             mount.attach(new, mount.AT_FDCWD, self._site.top)
@@ -173,7 +187,7 @@ class Builder:
         with visiting(self._site.namespace, self._site.home):
             pieces = _clone_pieces(self._site, tree)
         new = self._assemble(pieces, root_readonly=False)
-        with new, visiting(self._site.namespace, self._site.home), _open_exactly(tree.mount) as old:
+        with new, self._changing(), _open_exactly(tree.mount) as old:
             # pivot_root() refuses a shared root; the new one has taken its place in the peer group.
             mount.mount_setattr(old, propagation=MountFlag.MS_PRIVATE)
             mount.attach(new, mount.AT_FDCWD, self._site.top)
@@ -187,7 +201,7 @@ class Builder:
         What lies on a cover goes: the cover is as masked or read-only as the bundle says, and welded. Anything else is
         welded as it would have been by the hook. Raises `SyscallError`, `ContainerError`.
         """
-        mounts = self._site.mounts()
+        mounts = self._mounts()
         ids = {m.mnt_id: m for m in mounts}
         for found in reversed(mounts):
             base = _base_of_covered(chain_to_root(found, ids), baseline)
@@ -198,7 +212,7 @@ class Builder:
     def _take_off(self, found: MountStat, base: MountStat) -> None:
         """Unmounts what lies on a cover of a base. Raises `SyscallError`, `ContainerError`."""
         inside, name = os.path.split(found.point[len(base.point.rstrip(b"/")) :].strip(b"/"))
-        with visiting(self._site.namespace, self._site.home), _open_exactly(base) as root:
+        with self._changing(), _open_exactly(base) as root:
             with process.openat2(root, inside or b".", os.O_PATH, _NO_LINKS) as parent:
                 if stat.statx(parent, name).mnt_id != found.mnt_id:
                     raise ContainerError(f"{os.fsdecode(found.point)} changed while it was looked at")
@@ -221,7 +235,7 @@ class Builder:
         with visiting(self._site.namespace, self._site.home):
             pieces = _clone_pieces(self._site, node)
         new = self._assemble(pieces, root_readonly=False)
-        with new, visiting(self._site.namespace, self._site.home), _open_exactly(node.mount) as old:
+        with new, self._changing(), _open_exactly(node.mount) as old:
             try:
                 mount.attach(new, old, beneath=True)
             except SyscallError:
@@ -287,7 +301,7 @@ class Builder:
 
     def record(self, shield_dev: tuple[int, int]) -> Baseline:
         """The baseline: every mount of the container by unique mount ID."""
-        mounts = self._site.mounts()
+        mounts = self._mounts()
         ids = {m.mnt_id: m for m in mounts}
         recorded: dict[int, Recorded] = {}
         plan = self._material.plan
