@@ -112,12 +112,18 @@ COMPARISONS: Mapping[str, Comparison] = {
     "free_pair_vs_kernel": Comparison(_pair("guarded", FEW), _pair("kernel", FEW), 1.7),
     "free_pair_vs_kernel_many": Comparison(_pair("guarded", MANY), _pair("kernel", MANY), 1.7),
     "propagation_vs_kernel": Comparison(_one("propagation", "guarded"), _one("propagation", "kernel"), 1.05),
+    "propagation_floor_vs_kernel": Comparison(
+        _one("propagation", "floor_answer"), _one("propagation", "kernel")
+    ),
     "tmpfs_pair_vs_kernel": Comparison(
         _one("tmpfs", "guarded") + _one("tmpfs_umount", "guarded"),
         _one("tmpfs", "kernel") + _one("tmpfs_umount", "kernel"),
     ),
     "systemd_replay_vs_kernel": Comparison(
         _one("systemd_service", "guarded"), _one("systemd_service", "kernel"), 1.3
+    ),
+    "systemd_replay_floor_vs_kernel": Comparison(
+        _one("systemd_service", "floor_continue"), _one("systemd_service", "kernel")
     ),
     "new_proc_vs_kernel": Comparison(_one("new_proc", "guarded"), _one("new_proc", "kernel")),
 }

@@ -7,11 +7,20 @@ from collections.abc import Callable, Sequence
 
 from integration.storm.contestants import Contestant
 from integration.storm.figures import FEW
-from integration.storm.workloads import BY_SIZE, DENIED, FREE, Workload
+from integration.storm.workloads import BY_SIZE, DENIED, FREE, PROPAGATION, SYSTEMD, Workload
 
 #: Nanoseconds, a list a round, by (figure, contestant, mounts in the table).
 Key = tuple[str, str, int]
 Samples = dict[Key, list["array.array[int]"]]
+
+#: Floors that a workload means something to. Pairs must succeed, and one floor lets them; what is denied needs one that
+#: denies; and what no floor traps costs what a filter costs.
+FLOORS_OF = {
+    DENIED.name: ("floor_answer", "floor_resolve"),
+    FREE.name: ("floor_continue",),
+    SYSTEMD.name: ("floor_continue",),
+    PROPAGATION.name: ("floor_answer",),
+}
 
 
 def takes_part(contestant: Contestant, workload: Workload) -> bool:
@@ -26,8 +35,7 @@ def takes_part(contestant: Contestant, workload: Workload) -> bool:
         return False
     if not contestant.floor:
         return True
-    # Pairs must succeed, and there is one floor that lets them; what is denied needs one that denies.
-    return workload is (FREE if contestant.name == "floor_continue" else DENIED)
+    return contestant.name in FLOORS_OF.get(workload.name, ())
 
 
 def play(
