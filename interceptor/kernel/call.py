@@ -6,7 +6,7 @@ import os
 
 from interceptor._native import ffi
 from interceptor.errors import SyscallError
-from interceptor.kernel.fd import FdLike, OwnedFd, fileno
+from interceptor.kernel.fd import FdLike, OwnedFd
 
 Path = str | bytes | None
 
@@ -36,7 +36,7 @@ def c_path(path: Path) -> object:
     """A path as the compiled module takes it; a NUL inside raises `ValueError` instead of cutting it short."""
     if path is None:
         return ffi.NULL
-    raw = os.fsencode(path)
+    raw = path if isinstance(path, bytes) else os.fsencode(path)
     if b"\0" in raw:
         raise ValueError("embedded NUL in a path")
     return raw
@@ -44,4 +44,4 @@ def c_path(path: Path) -> object:
 
 def c_fd(fd: FdLike) -> int:
     """A descriptor as the compiled module takes it."""
-    return fileno(fd)
+    return fd if isinstance(fd, int) else fd.fileno()

@@ -25,32 +25,37 @@ from interceptor.kernel.flags import (
     UmountFlag,
 )
 
+# As numbers: an enum.Flag takes longer to combine than most of these calls.
+_RECURSIVE = int(OpenTreeFlag.AT_RECURSIVE)
+_CLONE = int(OpenTreeFlag.OPEN_TREE_CLONE | OpenTreeFlag.AT_SYMLINK_NOFOLLOW | OpenTreeFlag.AT_EMPTY_PATH)
+_CLONE_RECURSIVE = _CLONE | _RECURSIVE
+_BENEATH = int(MoveMountFlag.MOVE_MOUNT_BENEATH)
+_FROM_TREE = int(MoveMountFlag.MOVE_MOUNT_F_EMPTY_PATH)
+_FROM_TREE_TO_FD = int(MoveMountFlag.MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlag.MOVE_MOUNT_T_EMPTY_PATH)
+
 
 def open_tree(dirfd: FdLike, path: Path, flags: int) -> OwnedFd:
     """open_tree(2), always CLOEXEC."""
     shown = Shown(flags, OpenTreeFlag)
-    return owned(lib.ix_open_tree(c_fd(dirfd), c_path(path), flags), "open_tree", c_fd(dirfd), path, shown)
+    return owned(lib.ix_open_tree(c_fd(dirfd), c_path(path), flags), "open_tree", dirfd, path, shown)
 
 
 def clone_mount(dirfd: FdLike, path: Path = b"", *, recursive: bool = False) -> OwnedFd:
     """A detached copy of the mount at ``path`` (symbolic links are not followed), with what is below if recursive."""
-    flags = OpenTreeFlag.OPEN_TREE_CLONE | OpenTreeFlag.AT_SYMLINK_NOFOLLOW | OpenTreeFlag.AT_EMPTY_PATH
-    return open_tree(dirfd, path, flags | (OpenTreeFlag.AT_RECURSIVE if recursive else 0))
+    return open_tree(dirfd, path, _CLONE_RECURSIVE if recursive else _CLONE)
 
 
 def move_mount(from_fd: FdLike, from_path: Path, to_fd: FdLike, to_path: Path, flags: int = 0) -> None:
     """move_mount(2); an empty path with a descriptor needs MOVE_MOUNT_{F,T}_EMPTY_PATH."""
     result = lib.ix_move_mount(c_fd(from_fd), c_path(from_path), c_fd(to_fd), c_path(to_path), flags)
     shown = Shown(flags, MoveMountFlag)
-    checked(result, "move_mount", c_fd(from_fd), from_path, c_fd(to_fd), to_path, shown)
+    checked(result, "move_mount", from_fd, from_path, to_fd, to_path, shown)
 
 
 def attach(tree: FdLike, to_fd: FdLike, to_path: Path = b"", *, beneath: bool = False) -> None:
     """Attaches a detached tree at a descriptor, or at a path below it; beneath the top mount there if asked (6.5+)."""
-    flags = MoveMountFlag.MOVE_MOUNT_F_EMPTY_PATH | (MoveMountFlag.MOVE_MOUNT_BENEATH if beneath else 0)
-    if not to_path:
-        flags |= MoveMountFlag.MOVE_MOUNT_T_EMPTY_PATH
-    move_mount(tree, b"", to_fd, to_path, flags)
+    flags = _FROM_TREE if to_path else _FROM_TREE_TO_FD
+    move_mount(tree, b"", to_fd, to_path, flags | _BENEATH if beneath else flags)
 
 
 def mount(source: Path, target: Path, fstype: Path, flags: int = 0, data: Path = None) -> None:
@@ -77,13 +82,13 @@ def fsopen(fstype: Path) -> OwnedFd:
 def fsconfig(context: FdLike, command: int, key: Path = None, value: Path = None, aux: int = 0) -> None:
     """fsconfig(2): command 0 sets a flag, 1 a string, 6 creates the superblock."""
     result = lib.ix_fsconfig(c_fd(context), command, c_path(key), c_path(value), aux)
-    checked(result, "fsconfig", c_fd(context), command, key, value, aux)
+    checked(result, "fsconfig", context, command, key, value, aux)
 
 
 def fsmount(context: FdLike, attributes: int = 0) -> OwnedFd:
     """fsmount(2), always CLOEXEC: a detached mount."""
     result = lib.ix_fsmount(c_fd(context), 0, attributes)
-    return owned(result, "fsmount", c_fd(context), Shown(attributes, MountAttr))
+    return owned(result, "fsmount", context, Shown(attributes, MountAttr))
 
 
 def new_mount(fstype: bytes, options: Mapping[bytes, bytes | None], attributes: int = 0) -> OwnedFd:
@@ -187,7 +192,7 @@ def weld_again(slot: str, welder: FdLike, home: FdLike) -> OwnedFd:
 def reconfigure(dirfd: FdLike, options: Mapping[bytes, bytes]) -> None:
     """fspick(2), fsconfig of every option, FSCONFIG_CMD_RECONFIGURE: changes the superblock of a mount."""
     result = lib.ix_fspick(c_fd(dirfd), b"", 8)
-    with owned(result, "fspick", c_fd(dirfd), b"", "FSPICK_EMPTY_PATH") as context:
+    with owned(result, "fspick", dirfd, b"", "FSPICK_EMPTY_PATH") as context:
         for key, value in options.items():
             fsconfig(context, 1, key, value)
         fsconfig(context, 7)
@@ -217,11 +222,11 @@ def mount_setattr(
     userns: FdLike | None = None,
 ) -> None:
     """mount_setattr(2); with an empty path the mount of ``dirfd`` itself."""
-    flags = (0 if path else AT_EMPTY_PATH) | (OpenTreeFlag.AT_RECURSIVE if recursive else 0)
+    flags = (0 if path else AT_EMPTY_PATH) | (_RECURSIVE if recursive else 0)
     user = -1 if userns is None else c_fd(userns)
     result = lib.ix_mount_setattr(c_fd(dirfd), c_path(path), flags, set_, clear, propagation, user)
     shown = (Shown(set_, MountAttr), Shown(clear, MountAttr), hex(propagation))
-    checked(result, "mount_setattr", c_fd(dirfd), path, hex(flags), "{set, clr, propagation} =", *shown)
+    checked(result, "mount_setattr", dirfd, path, hex(flags), "{set, clr, propagation} =", *shown)
 
 
 __all__ = [

@@ -16,7 +16,7 @@ from interceptor.kernel.flags import CLONE_FS, CLONE_NEWNS
 
 def setns(fd: FdLike, kind: int) -> None:
     """setns(2) of the calling thread."""
-    checked(lib.ix_setns(c_fd(fd), kind), "setns", c_fd(fd), hex(kind))
+    checked(lib.ix_setns(c_fd(fd), kind), "setns", fd, hex(kind))
 
 
 def unshare(flags: int) -> None:
@@ -43,7 +43,7 @@ def belongs_to(fd: FdLike, user_namespace: FdLike) -> bool:
     A descriptor that is of no namespace is asked nothing: behind it may be a server that never answers.
     """
     result = lib.ix_belongs_to(c_fd(fd), c_fd(user_namespace))
-    return bool(checked(result, "statx", c_fd(fd), c_fd(user_namespace)))
+    return bool(checked(result, "statx", fd, user_namespace))
 
 
 def owners(namespace: FdLike, last: int) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ def pidfd_getfd(pidfd: FdLike, fd: int) -> OwnedFd:
 def openat2(dirfd: FdLike, path: Path, flags: int, resolve: int = 0, mode: int = 0) -> OwnedFd:
     """openat2(2), always CLOEXEC."""
     result = lib.ix_openat2(c_fd(dirfd), c_path(path), flags, mode, resolve)
-    return owned(result, "openat2", c_fd(dirfd), path, hex(flags), hex(resolve))
+    return owned(result, "openat2", dirfd, path, hex(flags), hex(resolve))
 
 
 @contextmanager

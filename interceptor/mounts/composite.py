@@ -21,8 +21,8 @@ from interceptor.mounts.made import Likeness, Made
 from interceptor.mounts.managed import Cover, Covered, Plan
 from interceptor.mounts.weld import Bench, Kept, Shelf, Welder
 
-_CLEARABLE = SIMPLE_ATTRIBUTES | MountAttr.MOUNT_ATTR_NODIRATIME
-HARDENED = MountAttr.MOUNT_ATTR_NOSUID | MountAttr.MOUNT_ATTR_NODEV | MountAttr.MOUNT_ATTR_NOEXEC
+_CLEARABLE = int(SIMPLE_ATTRIBUTES | MountAttr.MOUNT_ATTR_NODIRATIME)
+HARDENED = int(MountAttr.MOUNT_ATTR_NOSUID | MountAttr.MOUNT_ATTR_NODEV | MountAttr.MOUNT_ATTR_NOEXEC)
 #: Bare clones kept of bases that the container made itself; older ones are let go, and their copies then stay whole.
 BARE_MAX = 64
 
