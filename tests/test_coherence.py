@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from typing import Any
 import pytest
 
 from interceptor.errors import SyscallError
-from interceptor.idshift import coherence
+from interceptor.idshift import coherence, gatekeeper
 from interceptor.idshift.coherence import PAUSE, Coherence, Pair
 from interceptor.idshift.gatekeeper import LOWER, Gatekeeper
 from interceptor.kernel.fd import OwnedFd, is_ready
-from tests.robust.support import eventually
+from tests.robust.support import children, eventually, gatekeepers
 
 pytestmark = pytest.mark.root
 
@@ -202,13 +203,7 @@ def test_a_manager_is_heard_where_there_can_be_no_other_gatekeeper(
         raise SyscallError(errno.EINVAL, "fanotify_mark")
 
     monkeypatch.setattr(Gatekeeper, "add", refused)
-    (pid,) = _gatekeepers()
-    os.kill(pid, signal.SIGKILL)
-    fd = next(fd for fd, callback in gated.loop.readers.items() if "gatekeeper" in callback.__name__)
-    assert is_ready(fd, 10)
-    gated.loop.turn()
-    for timer in gated.loop.timers:
-        timer()
+    replace(gated, kill=True)
     assert gated.not_gated == ["c"]
     assert not (gated.container / "given").exists()
     (gated.manager / "given").write_text("from the host")
@@ -227,25 +222,103 @@ def test_nobody_waits_after_the_container_has_ended(gated: Gated) -> None:
 def test_who_waits_is_let_through_when_the_gatekeeper_is_killed_and_there_is_another_soon(
     gated: Gated,
 ) -> None:
-    (pid,) = _gatekeepers()
+    (pid,) = gatekeepers(os.getpid())
     os.kill(pid, signal.SIGSTOP)
     with subprocess.Popen(["cat", gated.lower], stdout=subprocess.DEVNULL) as reader:
         eventually(lambda: "fanotify" in Path(f"/proc/{reader.pid}/wchan").read_text(), "a reader that waits")
         os.kill(pid, signal.SIGKILL)
         assert reader.wait(10) == 0
-    fd = next(fd for fd, callback in gated.loop.readers.items() if "gatekeeper" in callback.__name__)
-    assert is_ready(fd, 10)
-    gated.loop.turn()
-    for timer in gated.loop.timers:
-        timer()
+    replace(gated)
     test_who_opens_the_file_of_the_layers_sees_all_that_was_done_before(gated)
 
 
-def _gatekeepers() -> list[int]:
-    """Children of this process that have a fanotify group with permission events (proc(5), fdinfo)."""
-    found = []
-    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-        for info in Path(f"/proc/{child}/fdinfo").iterdir():
-            if "mask:10000 " in info.read_text():
-                found.append(int(child))
-    return found
+def test_who_waits_is_let_through_when_the_gatekeeper_is_stopped_and_there_is_another_soon(
+    gated: Gated, impatient: pytest.MonkeyPatch
+) -> None:
+    replace(gated, kill=True)
+    (pid,) = gatekeepers(os.getpid())
+    os.kill(pid, signal.SIGSTOP)
+    subprocess.run(["cat", gated.lower], stdout=subprocess.DEVNULL, check=True, timeout=60)
+    impatient.undo()
+    replace(gated)
+    test_who_opens_the_file_of_the_layers_sees_all_that_was_done_before(gated)
+
+
+def test_who_waits_is_let_through_when_the_gatekeeper_is_stuck_with_him(
+    gated: Gated, impatient: pytest.MonkeyPatch
+) -> None:
+    here, forget = os.getpid(), coherence.forget
+
+    def stuck(root: OwnedFd) -> None:
+        if os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        forget(root)
+
+    impatient.setattr(coherence, "forget", stuck)
+    replace(gated, kill=True)
+    subprocess.run(["cat", gated.lower], stdout=subprocess.DEVNULL, check=True, timeout=60)
+    impatient.undo()
+    replace(gated)
+    test_who_opens_the_file_of_the_layers_sees_all_that_was_done_before(gated)
+
+
+def test_a_killed_warden_has_a_successor(gated: Gated, impatient: pytest.MonkeyPatch) -> None:
+    replace(gated, kill=True)
+    (pid,) = gatekeepers(os.getpid())
+    (first,) = children(pid)
+    os.kill(first, signal.SIGKILL)
+    eventually(lambda: children(pid) not in ([], [first]), "another warden")
+    os.kill(pid, signal.SIGSTOP)
+    subprocess.run(["cat", gated.lower], stdout=subprocess.DEVNULL, check=True, timeout=60)
+
+
+def test_no_warden_outlives_its_gatekeeper_and_none_disturbs_one_that_works(
+    gated: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gatekeeper, "PATIENCE", 2.0)
+    replace(gated, kill=True)
+    (pid,) = gatekeepers(os.getpid())
+    (warden,) = children(pid)
+    # Events all the time, for longer than its patience.
+    end = time.monotonic() + 2.2 * gatekeeper.PATIENCE
+    while time.monotonic() < end:
+        gated.lower.read_text()
+    assert gatekeepers(os.getpid()) == [pid]
+    with OwnedFd(os.pidfd_open(warden)) as pidfd:
+        gated.coherence.close()
+        assert is_ready(pidfd, 60)
+
+
+def test_a_gatekeeper_that_does_not_answer_the_daemon_is_replaced(
+    gated: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gatekeeper, "_TIMEOUT", 2.0)
+    replace(gated, kill=True)
+    (pid,) = gatekeepers(os.getpid())
+    os.kill(pid, signal.SIGSTOP)
+    fds = [OwnedFd(os.open(path, os.O_PATH)) for path in (gated.manager, gated.container, gated.lower.parent)]
+    gated.coherence.add("d", Pair(*fds))
+    assert gated.not_gated == ["d"]
+    monkeypatch.undo()
+    replace(gated)
+    test_who_opens_the_file_of_the_layers_sees_all_that_was_done_before(gated)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Gatekeepers that are started until this is undone have wardens who wait half a second only."""
+    monkeypatch.setattr(gatekeeper, "PATIENCE", 0.5)
+    return monkeypatch
+
+
+def replace(gated: Gated, kill: bool = False) -> None:
+    """Has another gatekeeper started in place of the one that has ended, or is to be killed."""
+    if kill:
+        (pid,) = gatekeepers(os.getpid())
+        os.kill(pid, signal.SIGKILL)
+    fd = next(fd for fd, callback in gated.loop.readers.items() if "gatekeeper" in callback.__name__)
+    assert is_ready(fd, 60)
+    gated.loop.turn()
+    timers, gated.loop.timers = gated.loop.timers, []
+    for timer in timers:
+        timer()

@@ -147,29 +147,33 @@ def _fill(source: Tree, target: Tree, shift: Shift, alive: Callable[[], object])
                 continue
             links[key] = path
         node = shift.inward(source.read(path, status))
-        if path:
-            target.make(path, node)
         if stat.S_ISDIR(node.mode) or node.flags:
             later.append((path, node))
-        if stat.S_ISDIR(node.mode):
+        if stat.S_ISREG(node.mode):
+            _make_file(source, target, path, node)
             continue
-        if stat.S_ISREG(node.mode) and node.size:
-            _give_data(source, target, path, node.size)
-        target.dress(path, node, fresh=True)
+        if path:
+            target.make(path, node)
+        if not stat.S_ISDIR(node.mode):
+            target.dress(path, node, fresh=True)
     # Their times change with each entry, and what is immutable gets no second link.
     for path, node in reversed(later):
         target.dress(path, node, fresh=True)
         target.seal(path, node)
 
 
-def _give_data(source: Tree, target: Tree, path: bytes, size: int) -> None:
-    if target.layer:
-        at = target.at(path)
-        os.truncate(at, size)
-        os.setxattr(at, METACOPY, b"")
-        return
-    with opened(source, path, os.O_RDONLY) as data, opened(target, path, os.O_WRONLY) as copy:
-        copy_data(data, copy)
+def _make_file(source: Tree, target: Tree, path: bytes, node: Node) -> None:
+    def give_data(fd: int) -> None:
+        if not node.size:
+            return
+        if target.layer:
+            os.ftruncate(fd, node.size)
+            os.setxattr(fd, METACOPY, b"")
+            return
+        with opened(source, path, os.O_RDONLY) as data:
+            copy_data(data, fd)
+
+    target.make_file(path, node, give_data)
 
 
 @contextlib.contextmanager
@@ -219,9 +223,7 @@ def try_metadata(directory: str, stage: str) -> str | None:
         with open(f"{scratch}/lower/file", "w") as file:
             file.write("data")
         with Tree(f"{scratch}/lower", layer=False) as source, Tree(f"{scratch}/upper", layer=True) as target:
-            node = source.read(b"file")
-            target.make(b"file", node)
-            _give_data(source, target, b"file", 4)
+            _make_file(source, target, b"file", source.read(b"file"))
         options: list[stack.Option] = [("metacopy", "on"), ("redirect_dir", "on"), ("index", "off")]
         options += [("upperdir", f"{scratch}/upper"), ("workdir", f"{scratch}/work")]
         os.mkdir(f"{stage}/try", 0o700)

@@ -13,7 +13,7 @@ import errno
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from interceptor.idshift.changes import Seen, parent
@@ -32,6 +32,7 @@ _PROTECTED = _OVERLAY + b"protattr"
 _REPEATED = (b"trusted.SGI_ACL_FILE", b"trusted.SGI_ACL_DEFAULT")
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Tree:
@@ -165,6 +166,22 @@ class Tree:
         if not stat.S_ISLNK(node.mode):
             os.chmod(at, stat.S_IMODE(node.mode))
         os.utime(at, ns=(node.atime_ns, node.mtime_ns), follow_symlinks=False)
+
+    def make_file(self, path: bytes, node: Node, give_data: Callable[[int], object]) -> None:
+        """`make` and `dress` for a regular file, by its descriptor, which takes two thirds of the time; ``give_data``
+        is called with that. Raises `OSError`."""
+        directory = self.directory(parent(path))
+        fd = os.open(path.rpartition(b"/")[2], _NEW, 0o600, dir_fd=directory)
+        try:
+            give_data(fd)
+            # In the order of `dress`.
+            os.fchown(fd, node.uid, node.gid)
+            for name, value in self._on_disk(node).items():
+                os.setxattr(fd, name, value)
+            os.fchmod(fd, stat.S_IMODE(node.mode))
+            os.utime(fd, ns=(node.atime_ns, node.mtime_ns))
+        finally:
+            os.close(fd)
 
     def seal(self, path: bytes, node: Node) -> None:
         """Gives what stands at a path its flags, after which it cannot be moved, linked or changed; in a layer it has

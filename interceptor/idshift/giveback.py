@@ -37,7 +37,7 @@ from interceptor.kernel.fd import OwnedFd
 from interceptor.kernel.flags import CLONE_NEWNS, MountFlag
 from interceptor.kernel.inode import copy_data, syncfs
 from interceptor.kernel.namespaces import unshare
-from interceptor.kernel.process import close_range
+from interceptor.kernel.process import close_all_but
 from interceptor.kernel.stat import fs_magic
 
 #: OVERLAYFS_SUPER_MAGIC of linux/magic.h.
@@ -391,10 +391,7 @@ def _in_child(directory: str, claimed: OwnedFd, final: bool, write: int) -> NoRe
     words, rest = "it ended without a word", None
     try:
         # Of what a daemon holds nothing is to be held here.
-        low, high = sorted((claimed.fileno(), write))
-        for first, last in ((3, low - 1), (low + 1, high - 1), (high + 1, 0xFFFFFFFF)):
-            if first <= last:
-                close_range(first, last)
+        close_all_but((0, 1, 2, claimed.fileno(), write))
         unshare(CLONE_NEWNS)
         mount.mount(b"none", b"/", None, MountFlag.MS_REC | MountFlag.MS_PRIVATE)
         if final:

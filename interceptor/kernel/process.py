@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from interceptor._native import lib
@@ -54,6 +54,16 @@ def chroot_fd(fd: FdLike) -> None:
 def close_range(first: int, last: int = 0xFFFFFFFF) -> None:
     """close_range(2)."""
     checked(lib.ix_close_range(first, last), "close_range", first, last)
+
+
+def close_all_but(keep: Iterable[int]) -> None:
+    """close_range(2) around what is kept."""
+    first = 0
+    for fd in sorted(set(keep)):
+        if fd > first:
+            close_range(first, fd - 1)
+        first = fd + 1
+    close_range(first)
 
 
 def host_gid(pid: int, gid: int) -> int:

@@ -8,6 +8,7 @@ the daemon: that has all of this loaded, and a source that hangs keeps nobody wa
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import stat
@@ -27,7 +28,7 @@ from interceptor.kernel import mount
 from interceptor.kernel.fd import OwnedFd
 from interceptor.kernel.flags import CLONE_NEWNS, MountFlag
 from interceptor.kernel.namespaces import open_namespace, setns
-from interceptor.kernel.process import close_range
+from interceptor.kernel.process import close_all_but
 from interceptor.oci import rewrite as pure
 from interceptor.oci.capabilities import CAPABILITIES
 from interceptor.oci.settings import Settings, read_settings
@@ -112,10 +113,9 @@ def _in_child(job: Job, namespace: int, write: int) -> None:
     answer: dict[str, Any] = {"error": "internal error", "hint": "report it"}
     try:
         # Of what the daemon holds nothing is to be held here, should this hang: listeners, pidfds, overlays.
-        low, high = sorted((namespace, write))
-        for first, last in ((3, low - 1), (low + 1, high - 1), (high + 1, 0xFFFFFFFF)):
-            if first <= last:
-                close_range(first, last)
+        close_all_but((0, 1, 2, namespace, write))
+        # A collection looks at all that the daemon has, and at what has been seen of a tree, again and again.
+        gc.disable()
         setns(namespace, CLONE_NEWNS)
         # Before the answer, blanks say that there is work.
         answer = {"result": build(job, lambda: os.write(write, b" "))}

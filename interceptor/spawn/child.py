@@ -29,10 +29,10 @@ from interceptor.kernel.fd import OwnedFd
 from interceptor.kernel.flags import AT_FDCWD, MountFlag, ResolveFlag, UmountFlag
 from interceptor.kernel.mount import attach, mount, pivot_root, umount2
 from interceptor.kernel.namespaces import setns, unshare
-from interceptor.kernel.process import openat2
+from interceptor.kernel.process import close_all_but, openat2
 from interceptor.kernel.seccomp import SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV, install_listener
 from interceptor.spawn.channel import Channel
-from interceptor.spawn.job import NOT_STARTED, Job, become, close_all_but
+from interceptor.spawn.job import NOT_STARTED, Job, become
 from interceptor.spawn.layout import LINKS, ROOTFS, STAGE, Mount, Skeleton
 from interceptor.spawn.network import Network, configure_inside
 

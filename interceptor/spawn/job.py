@@ -7,13 +7,13 @@ import pickle
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, NoReturn
 
 import prctl
 
-from interceptor.kernel.process import close_range
+from interceptor.kernel.process import close_all_but
 
 #: Exit status of a process that never became what it should have; the parent learns why by other ways.
 NOT_STARTED = 127
@@ -38,16 +38,6 @@ class Job:
     @property
     def fds(self) -> tuple[int, ...]:
         return (*self.stdio, self.outcome, *self.pass_fds)
-
-
-def close_all_but(keep: Iterable[int]) -> None:
-    """close_range(2) around what is kept."""
-    first = 0
-    for fd in sorted(set(keep)):
-        if fd > first:
-            close_range(first, fd - 1)
-        first = fd + 1
-    close_range(first)
 
 
 def become(job: Job | None) -> NoReturn:

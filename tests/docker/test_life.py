@@ -16,6 +16,7 @@ import pytest
 from integration.containers.bundle import NOTIFY_INSIDE
 from integration.containers.notify import NotifySocket
 from integration.docker.engine import IMAGE, Docker
+from tests.robust.support import eventually, gatekeepers
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
@@ -95,6 +96,17 @@ def test_cp_is_exact_however_long_the_daemon_has_no_turn(
         assert by_itself(docker, "cat /root/given; stat -c ' %u:%g' /root/given") == "from the host 0:0\n"
     finally:
         os.kill(daemon, signal.SIGCONT)
+
+
+def test_cp_is_not_held_for_ever_by_a_gatekeeper_that_is_stopped(docker: Docker, container: str) -> None:
+    daemon = docker.daemon.processes[-1].pid
+    (pid,) = gatekeepers(daemon)
+    os.kill(pid, signal.SIGSTOP)
+    assert extracted(docker, "/etc/hostname")
+    eventually(lambda: gatekeepers(daemon) not in ([], [pid]), "another gatekeeper")
+    assert docker.try_("cp", "life:/root/late", "-").returncode != 0
+    by_itself(docker, "echo one > /root/late")
+    assert extracted(docker, "/root/late") == b"one\n"
 
 
 def test_a_user_made_inside_can_be_used_by_exec(docker: Docker, container: str) -> None:

@@ -364,3 +364,20 @@ def rounds_until_eof(progress: int) -> Truth:
         truth.wrong.append("the originals are not the same")
     truth.wrong += [f"raw: {node!r}" for node in inside.raw_nodes()]
     return truth
+
+
+def children(pid: int) -> list[int]:
+    """Of a process with one thread (proc(5))."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def gatekeepers(pid: int) -> list[int]:
+    """Children of a process that have a fanotify group with permission events (proc(5), fdinfo)."""
+    found = []
+    for child in children(pid):
+        # Others end meanwhile.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for info in Path(f"/proc/{child}/fdinfo").iterdir():
+                if "mask:10000 " in info.read_text():
+                    found.append(child)
+    return found
