@@ -12,6 +12,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/mount.h>
 #include <sched.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -19,6 +20,8 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -265,6 +268,31 @@ static void give_pipes(uid_t owner)
 	}
 }
 
+/* As keep_null in interceptor/oci/runtime.py. */
+static void keep_null(void)
+{
+	static const char path[] = "/dev/null";
+	struct mount_attr read_only = {.attr_set = MOUNT_ATTR_RDONLY};
+	for (int fd = 0; fd < 3; fd++) {
+		struct stat status;
+		char opened[32];
+		if (fstat(fd, &status) || !S_ISCHR(status.st_mode) || status.st_rdev != makedev(1, 3))
+			continue;
+		int tree = (int)syscall(SYS_open_tree, AT_FDCWD, path, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC);
+		if (tree < 0)
+			return;
+		snprintf(opened, sizeof(opened), "/proc/self/fd/%d", tree);
+		int null = -1;
+		if (!syscall(SYS_mount_setattr, tree, "", AT_EMPTY_PATH, &read_only, sizeof(read_only)))
+			null = open(opened, (fcntl(fd, F_GETFL) & O_ACCMODE) | O_CLOEXEC);
+		if (null >= 0) {
+			dup2(null, fd);
+			close(null);
+		}
+		close(tree);
+	}
+}
+
 /* A mount namespace of this process's own, in which the daemon puts together what the runtime will find. */
 static bool prepare(const struct command_line *line, const struct local *local, const char *root, char *reply)
 {
@@ -283,6 +311,7 @@ static bool prepare(const struct command_line *line, const struct local *local, 
 	if (!owner)
 		return false;
 	give_pipes((uid_t)strtoul(strchr(owner, ':') + 1, NULL, 10));
+	keep_null();
 	return true;
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import sysconfig
 import tempfile
 import tomllib
@@ -280,6 +281,32 @@ def test_pipes_are_given_to_the_container_s_user(front: Path, daemon: Daemon) ->
     finally:
         os.close(read)
         os.close(write)
+
+
+#: Says whether it can give its standard input away, as crun does, and whether that is what it was.
+GIVES_AWAY = "#!/bin/sh\nstat -Lc %t:%T /proc/self/fd/0; LC_ALL=C chown 0:0 /proc/self/fd/0 2>&1 || true\n"
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("by", ["front", "python"])
+def test_the_host_s_null_device_cannot_be_given_to_the_container_s_user(
+    front: Path, daemon: Daemon, tmp_path: Path, by: str
+) -> None:
+    (tmp_path / "gives").write_text(GIVES_AWAY)
+    (tmp_path / "gives").chmod(0o755)
+    environment = {**os.environ, RUNTIME_VARIABLE: str(tmp_path / "gives"), CONFIG_VARIABLE: daemon.config}
+    program = [str(front)] if by == "front" else [sys.executable, "-m", "interceptor.oci.runtime"]
+    done = subprocess.run(
+        [*program, "run", "--bundle", "/b", "web1"],
+        env=environment,
+        check=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert done.stdout.startswith("1:3\n")
+    assert "Read-only file system" in done.stdout
+    assert [asked["op"] for asked in daemon.asked] == ["prepare"]
 
 
 def test_a_delete_of_what_the_runtime_does_not_know_is_told(

@@ -9,6 +9,7 @@ see `interceptor.oci.prepare`.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import stat
 import sys
@@ -182,6 +183,7 @@ def _create(line: CommandLine, local: Local) -> list[str]:
         CREATE_TIMEOUT,
     )
     give_pipes(int(reply["stdio_owner"]))
+    keep_null()
     return line.words
 
 
@@ -334,6 +336,27 @@ def give_pipes(owner: int) -> None:
                 os.fchown(fd, owner, -1)
         except OSError:
             continue  # closed, or not ours to give: the runtime then says what it cannot open
+
+
+def keep_null() -> None:
+    """Has standard input and output that are /dev/null be so by a mount that is read-only: crun 1.8 gives them to the
+    container's root, and with them the host's node, whose mode that could then change for everybody."""
+    for fd in (0, 1, 2):
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISCHR(status.st_mode) or status.st_rdev != os.makedev(1, 3):
+                continue
+            from interceptor.kernel import mount
+            from interceptor.kernel.flags import MountAttr
+
+            with mount.clone_mount(mount.AT_FDCWD, "/dev/null") as tree:
+                mount.mount_setattr(tree, set_=MountAttr.MOUNT_ATTR_RDONLY)
+                mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+                null = os.open(f"/proc/self/fd/{tree.fileno()}", mode | os.O_CLOEXEC)
+            os.dup2(null, fd)
+            os.close(null)
+        except OSError:
+            continue  # closed, or there is none here
 
 
 def private_file(text: str) -> str:
