@@ -27,6 +27,7 @@ from interceptor.kernel.fd import OwnedFd
 from interceptor.kernel.flags import CLONE_NEWNS
 from interceptor.kernel.namespaces import setns
 from interceptor.lifecycle import Lifecycle
+from interceptor.mounts.lineage import MountClass
 from interceptor.notify.handshake import start_agent_server
 from interceptor.observe import systemd
 from interceptor.observe.log import get_logger
@@ -166,9 +167,12 @@ class Daemon:
             return explain.whereabouts(self._life.about(_text(request, "id"))[0])
         if op == "lineage":
             container, answerer = self._life.about(_text(request, "id"))
-            return explain.mount(
+            found = explain.mount(
                 container, answerer, _number(request, "mount"), _number(request, "namespace")
             )
+            created = found["class"] == MountClass.IMMUTABLE.value
+            owners = self._prepared.owners(container.cid, str(found["path"])) if created else None
+            return {**found, "owners": owners}
         raise ProtocolError(f"unknown operation {op!r}")
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from interceptor.containers.reserved import Holder, Reservation, Reservations, needed
+from interceptor.containers.reserved import Decided, Holder, Reservation, Reservations, needed
 from interceptor.errors import ContainerError
 from interceptor.idshift.subid import ID_MAX, Block, allocate, parse
 from interceptor.kernel.process import start_time
@@ -85,11 +85,13 @@ def test_without_a_range_the_error_says_what_to_write(tmp_path: Path) -> None:
 
 def test_reservations_outlive_the_daemon(store: Reservations, tmp_path: Path) -> None:
     made = store.reserve(wanted("a", tmp_path), map_ids=True)
-    store.amend("a", "/stage/rootfs", ["/scratch"])
+    decided = [Decided("/", "idmapped", "it works on this filesystem")]
+    store.amend("a", "/stage/rootfs", ["/scratch"], decided)
     again = opened(tmp_path)
     found = again.get("a")
     assert found is not None
     assert (found.uids, found.root, found.scratch) == (made.uids, "/stage/rootfs", ["/scratch"])
+    assert found.decisions == decided
     assert again.reserve(wanted("b", tmp_path), map_ids=True).uids == Block(1050, 50)
     with pytest.raises(ContainerError, match="exists already"):
         again.reserve(wanted("a", tmp_path), map_ids=True)

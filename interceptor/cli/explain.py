@@ -20,7 +20,8 @@ from interceptor.errors import InterceptorError
 @json_option
 def command(container: str, path: str, pid: int | None, config: str | None, as_json: bool) -> None:
     """Say what the mount at PATH in container ID is: its class, since when, where it comes from, and what unmounting,
-    moving, remounting and binding it would get, from whom, and why.
+    moving, remounting and binding it would get, from whom, and why. Of what it was created with, say how owners of
+    files are mapped, too.
 
     Of a PATH that is no mount point, the mount that it lies on is described. Symbolic links are followed, /proc/PID and
     the like excepted.
@@ -55,6 +56,8 @@ def _print(path: str, facts: dict[str, object]) -> None:
     lineage, operations = facts["lineage"], facts["operations"]
     assert isinstance(lineage, list) and isinstance(operations, list)
     rows += [{"": "lineage" if not i else "", " ": printable(str(line))} for i, line in enumerate(lineage)]
+    if facts["owners"] is not None:
+        rows.append({"": "owners", " ": printable(str(facts["owners"]))})
     print_table(rows, header=False)
     click.echo()
     print_table(operations)

@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from interceptor.config import Config
 from interceptor.containers.clones import Clones, reap
-from interceptor.containers.reserved import Holder, Reservation, Reservations, clean_up
+from interceptor.containers.reserved import Decided, Holder, Reservation, Reservations, clean_up
 from interceptor.containers.spec import Bundle
 from interceptor.errors import ContainerError, ProtocolError
 from interceptor.idshift.choose import STRATEGIES
@@ -45,16 +45,10 @@ class _Request(msgspec.Struct, frozen=True):
     """The stock runtime, where the wrapper's environment names another than the configuration."""
 
 
-class _Decided(msgspec.Struct, frozen=True):
-    path: str
-    strategy: str
-    reason: str
-
-
 class _Made(msgspec.Struct, frozen=True):
     root: _Absolute
     stdio_owner: int
-    decisions: list[_Decided]
+    decisions: list[Decided]
     scratch: list[_Absolute]
     clone: _Absolute | None
 
@@ -65,7 +59,6 @@ class Preparations:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._log = get_logger()
-        self._ownership: dict[str, list[_Decided]] = {}
         self._clones = Clones(config.clones)
         self._features: dict[tuple[str, int, int], bool] = {}
         self._reservations = Reservations(
@@ -93,7 +86,7 @@ class Preparations:
             done = _convert(
                 read_answer(await _child(self._job(made, wanted, wait_killable), asked.pid)), _Made
             )
-            self._reservations.amend(made.id, root=done.root, scratch=done.scratch)
+            self._reservations.amend(made.id, done.root, done.scratch, done.decisions)
         except BaseException:
             self.release(made.id)
             raise
@@ -141,8 +134,7 @@ class Preparations:
     def _note(self, cid: str) -> str:
         return os.path.join(self._config.runtime_dir, "wrapped", cid)
 
-    def _tell(self, cid: str, decisions: list[_Decided]) -> None:
-        self._ownership[cid] = decisions
+    def _tell(self, cid: str, decisions: list[Decided]) -> None:
         for one in decisions:
             # Of exceptions that people asked for, or that nobody minds, `interceptor ownership` tells.
             if one.strategy == "none" and one.reason.startswith(f"{STRATEGIES[0]}:"):
@@ -150,9 +142,19 @@ class Preparations:
 
     def explain(self, cid: str) -> list[dict[str, object]]:
         """How each of a container's mounts was mapped, and why. Raises `ContainerError`."""
-        if cid not in self._ownership:
+        found = self._reservations.get(cid)
+        if found is None:
             raise ContainerError(f"nothing is known of how {cid} is mapped", "see `interceptor ps`")
-        return [msgspec.to_builtins(one) for one in self._ownership[cid]]
+        return [msgspec.to_builtins(one) for one in found.decisions]
+
+    def owners(self, cid: str, path: str) -> str | None:
+        """The same of one mount that the container was created with, in words; None: nothing was decided for it."""
+        found = self._reservations.get(cid)
+        for one in found.decisions if found is not None else ():
+            if os.path.normpath(one.path) == path:
+                how = "not mapped" if one.strategy == "none" else f"mapped, {one.strategy}"
+                return f"{how}: {one.reason}"
+        return None
 
     def bundle(self, cid: str) -> Bundle | None:
         """What of the manager's configuration goes into the weld; None for a container of somebody else's making."""
@@ -183,7 +185,6 @@ class Preparations:
     def _forget(self, gone: Reservation | None) -> None:
         if gone is None:
             return
-        self._ownership.pop(gone.id, None)
         self._clones.finish(gone.id)
         clean_up(gone)
         Path(self._note(gone.id)).unlink(missing_ok=True)

@@ -27,6 +27,14 @@ class Holder(msgspec.Struct, frozen=True):
     start: int
 
 
+class Decided(msgspec.Struct, frozen=True):
+    """How the owners of one mount's files were given to the container's IDs, and why so."""
+
+    path: str
+    strategy: str
+    reason: str
+
+
 class Reservation(msgspec.Struct, frozen=True):
     """All that was reserved for one container."""
 
@@ -48,6 +56,8 @@ class Reservation(msgspec.Struct, frozen=True):
     """A cgroup directory that was made for it."""
     scratch: list[str] = []
     """Directories that were made for its overlays beside a foreign upper one."""
+    decisions: list[Decided] = []
+    """Of its root filesystem and binds."""
 
 
 def needed(reservation: Reservation) -> bool:
@@ -96,11 +106,13 @@ class Reservations:
             raise ContainerError(f"{self._path}: {error.strerror}") from None
         return wanted
 
-    def amend(self, cid: str, root: str, scratch: list[str]) -> None:
+    def amend(self, cid: str, root: str, scratch: list[str], decisions: list[Decided]) -> None:
         """Adds what is known only after the mapping. Raises `ContainerError`."""
         if cid not in self._held:
             raise ContainerError(f"container {cid} is not prepared")
-        self._held[cid] = msgspec.structs.replace(self._held[cid], root=root, scratch=scratch)
+        self._held[cid] = msgspec.structs.replace(
+            self._held[cid], root=root, scratch=scratch, decisions=decisions
+        )
         self._store()
 
     def release(self, cid: str) -> Reservation | None:

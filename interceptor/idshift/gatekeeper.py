@@ -199,9 +199,15 @@ class _Progress:
 
 
 def _start_warden(gate: Gate, progress: _Progress) -> OwnedFd:
-    """Returns its pidfd. Raises `OSError`."""
+    """Returns its pidfd, when it holds no more than it needs. Raises `OSError`."""
     watched = os.getpid()
-    child = os.fork()
+    read, write = os.pipe2(os.O_CLOEXEC)
+    try:
+        child = os.fork()
+    except OSError:
+        os.close(write)
+        os.close(read)
+        raise
     if child == 0:
         try:
             gatekeeper = os.pidfd_open(watched)
@@ -210,6 +216,9 @@ def _start_warden(gate: Gate, progress: _Progress) -> OwnedFd:
                 _watch_over(gatekeeper, gate, progress)
         finally:
             os._exit(0)
+    os.close(write)
+    os.read(read, 1)
+    os.close(read)
     return OwnedFd(os.pidfd_open(child))
 
 

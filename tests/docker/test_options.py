@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from integration.containers import quickstart, rootfs
+from integration.containers.daemon import program
 from integration.docker.__main__ import remapped
 from integration.docker.engine import IMAGE, Docker, import_image
 
@@ -106,6 +109,10 @@ def test_exceptions_from_mapping(docker: Docker, tmp_path: Path) -> None:
     ):
         assert decided[point]["strategy"] == "none"
         assert word in decided[point]["reason"]
+    explained = [program("interceptor"), "explain", "--json", f"--config={docker.daemon.config}", cid]
+    for point, words in (("/", "mapped, idmapped"), ("/inside", "not mapped: it belongs"), ("/proc", "None")):
+        said = subprocess.run([*explained, point], check=True, capture_output=True, text=True)
+        assert str(json.loads(said.stdout)["owners"]).startswith(words)
     assert docker("exec", "exceptions", "sh", "-c", script) == "0\n65534\n65534\n"
     docker("rm", "-f", "exceptions")
 
