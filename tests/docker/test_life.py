@@ -16,6 +16,7 @@ import pytest
 from integration.containers.bundle import NOTIFY_INSIDE
 from integration.containers.notify import NotifySocket
 from integration.docker.engine import IMAGE, Docker
+from interceptor.kernel.fd import is_ready
 from tests.robust.support import eventually, gatekeepers
 
 pytestmark = [pytest.mark.root, pytest.mark.slow]
@@ -27,9 +28,7 @@ def container(docker: Docker) -> Iterator[str]:
     docker.start("life", IMAGE, "sleep", "infinity")
     yield "life"
     docker("rm", "-f", "life")
-    assert docker.daemon.ask("ps") == []
-    state = json.loads((docker.daemon.directory / "state/reservations.json").read_text())
-    assert state == []
+    nothing_runs(docker)
 
 
 def inside(docker: Docker, script: str) -> str:
@@ -177,10 +176,34 @@ def test_systemd_boots_and_stops_when_asked(docker: Docker, tmp_path: Path) -> N
         assert ready.wait_ready(int(docker("inspect", "-f", "{{.State.Pid}}", "machine")), 60)
     for unit in ("systemd-logind", "dbus", "systemd-journald"):
         assert docker("exec", "machine", "systemctl", "is-active", unit) == "active\n"
+    docker("exec", "machine", "systemctl", "stop", "systemd-logind")
     # Docker's SIGTERM alone would have systemd start itself anew, and Docker kill it when the time is up.
     docker("stop", "-t", "30", "machine")
     assert docker("inspect", "-f", "{{.State.ExitCode}}", "machine") != "137\n"
+    nothing_runs(docker)
+    # And once more, stopped from inside.
+    with NotifySocket(tmp_path / "notify") as ready:
+        docker("start", "machine")
+        assert ready.wait_ready(int(docker("inspect", "-f", "{{.State.Pid}}", "machine")), 60)
+    guards = [os.pidfd_open(int(one["guard_pid"])) for one in docker.daemon.ask("ps")]
+    docker("exec", "machine", "systemctl", "poweroff")
+    docker("wait", "machine")
+    for guard in guards:
+        assert is_ready(guard, 30)
+        os.close(guard)
+    nothing_runs(docker)
     docker("rm", "machine")
+
+
+def nothing_runs(docker: Docker) -> None:
+    """No container is known, no range reserved, nothing mounted, as soon as the shim has come to that."""
+
+    def left() -> list[object]:
+        reserved = json.loads((docker.daemon.directory / "state/reservations.json").read_text())
+        mounted = [point for point in docker.mounts() if "merged" in point or "stage" in point]
+        return [*docker.daemon.ask("ps"), *reserved, *mounted]
+
+    eventually(lambda: left() == [], "nothing is left")
 
 
 def test_two_containers_never_share_an_id(docker: Docker) -> None:

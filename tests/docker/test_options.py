@@ -44,6 +44,29 @@ def test_root_is_root_inside_and_nobody_outside(docker: Docker) -> None:
     docker("rm", name)
 
 
+def test_nothing_is_ever_chowned_for_a_start(docker: Docker) -> None:
+    """chown(2) changes a file's time of change, whoever it belongs to then."""
+    docker.run(IMAGE, "true")
+    layers = docker("inspect", "-f", "{{.GraphDriver.Data.UpperDir}}", IMAGE).split()
+    before = {path: changed(Path(path)) for path in layers}
+    assert sum(map(len, before.values())) > 5000
+    docker.start("unchowned", IMAGE, "sleep", "60")
+    upper = Path(docker("inspect", "-f", "{{.GraphDriver.Data.UpperDir}}", "unchowned").strip())
+    assert {path: changed(Path(path)) for path in layers} == before
+    assert {owner for owner, _ in changed(upper).values()} == {0}
+    docker("rm", "-f", "unchowned")
+
+
+def changed(tree: Path) -> dict[str, tuple[int, int]]:
+    """Owner and time of change of each file."""
+    found = {}
+    for directory, below, files in os.walk(tree):
+        for name in (".", *below, *files):
+            status = os.lstat(os.path.join(directory, name))
+            found[os.path.join(directory, name)] = (status.st_uid, status.st_ctime_ns)
+    return found
+
+
 def test_read_only_root_stays_read_only(docker: Docker) -> None:
     script = (
         "touch /x; mount -o remount,rw,bind /; touch /x;"

@@ -89,8 +89,10 @@ def package(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def container(docker: Docker) -> Iterator[str]:
-    docker.start("package", IMAGE, "sleep", "infinity")
+def container(docker: Docker, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Under the strategy that a test names, or else that it gets."""
+    wanted = f"INTERCEPTOR_OWNERSHIP={getattr(request, 'param', 'auto')}"
+    docker.start("package", "-e", wanted, IMAGE, "sleep", "infinity")
     yield "package"
     docker("rm", "-f", "package")
     docker.try_("rmi", SAVED)
@@ -101,6 +103,7 @@ def upper(docker: Docker, container: str) -> Path:
     return Path(docker("inspect", "-f", "{{.GraphDriver.Data.UpperDir}}", container).strip())
 
 
+@pytest.mark.parametrize("container", ["idmapped", "clone"], indirect=True)
 def test_an_installed_package_is_committed_whole(docker: Docker, container: str, package: Path) -> None:
     docker("cp", str(package), f"{container}:/root/thing.deb")
     docker("exec", container, "dpkg", "-i", "/root/thing.deb")
@@ -109,6 +112,9 @@ def test_an_installed_package_is_committed_whole(docker: Docker, container: str,
         assert line in seen.splitlines()
     assert "/usr/bin/thing-su -rwsr-xr-x 0:0" in seen
     assert "010000020020000000000000000000000000000" in seen
+    # From then on a clone's changes are there.
+    docker("pause", container)
+    docker("unpause", container)
     # On disk as if there were no mapping: version 2, no owner of the namespace in it.
     capability = os.getxattr(upper(docker, container) / "usr/bin/thing-ping", "security.capability")
     assert struct.unpack("<I", capability[:4])[0] >> 24 == 2
@@ -174,6 +180,7 @@ def test_attributes_are_on_disk_as_the_container_set_them(docker: Docker, contai
     assert not [path for path in (file, *file.parents[:2]) if path.lstat().st_uid]
 
 
+@pytest.mark.parametrize("container", ["idmapped", "clone"], indirect=True)
 def test_an_export_has_what_the_container_saw(docker: Docker, container: str) -> None:
     docker("exec", container, "sh", "-c", EDITS)
     seen = set()
@@ -183,7 +190,9 @@ def test_an_export_has_what_the_container_saw(docker: Docker, container: str) ->
             kind, mode, owner, *rest = fields
             _, size, mtime, link = rest if kind != "d" else ("", "0", *rest, "")
             seen.add((path, kind, int(mode, 8), owner, int(size) if kind == "f" else 0, int(mtime), link))
+    docker("pause", container)
     data = docker.try_("export", container).stdout
+    docker("unpause", container)
     exported = set()
     inodes: dict[str, tarfile.TarInfo] = {}
     with tarfile.open(fileobj=io.BytesIO(data), errors="surrogateescape") as archive:
