@@ -11,8 +11,10 @@ import tempfile
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from interceptor.errors import SyscallError
 from interceptor.idshift import clone

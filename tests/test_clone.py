@@ -9,13 +9,13 @@ import stat
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from interceptor.idshift import clone, giveback
 from interceptor.idshift.files import METACOPY, OPAQUE, Tree, is_whiteout, remove_tree

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import stat
 import struct
-from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from interceptor.idshift.owners import ACLS, CAPABILITY, ORIGINAL, Node, Shift, outside
 from interceptor.idshift.subid import ID_MAX, Block

@@ -250,6 +250,17 @@ def test_capabilities_by_user_and_by_honor_caps() -> None:
     }
 
 
+def test_selinux_labels_stay() -> None:
+    labels = {"selinuxLabel": "system_u:system_r:container_t:s0:c1,c2"}
+    for honor in (True, False):
+        assert rewrite_process(dict(labels), honor, CAPABILITIES, "relax").items() >= labels.items()
+    mounts = {"mountLabel": "system_u:object_r:container_file_t:s0:c1,c2"}
+    namespaces = {"namespaces": [{"type": "pid"}, {"type": "mount"}]}
+    new = rewrite({"process": dict(labels), "linux": {**mounts, **namespaces}}, Settings(), HOST)
+    assert new["process"].items() >= labels.items()
+    assert new["linux"].items() >= mounts.items()
+
+
 def privileged() -> Json:
     return {
         "process": {"capabilities": {"bounding": list(CAPABILITIES)}},

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import msgspec
+from msgspec.structs import replace
 
 from interceptor.idshift.subid import ID_MAX, Block
 
@@ -29,8 +30,7 @@ _ACL_USER, _ACL_GROUP = 0x02, 0x08
 _NOBODY = 65534
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(msgspec.Struct, frozen=True):
     """All of a file but its name, its data and its links."""
 
     mode: int
@@ -42,7 +42,7 @@ class Node:
     mtime_ns: int = 0
     target: bytes = b""
     """Of a symbolic link."""
-    xattrs: dict[bytes, bytes] = field(default_factory=dict)
+    xattrs: dict[bytes, bytes] = {}
     flags: str = ""
     """Of `interceptor.kernel.inode.FLAGS`."""
 
