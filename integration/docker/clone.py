@@ -3,7 +3,8 @@
     python -m integration.docker.clone [--rounds N] [--json]
 
 The root filesystem is of 250 MB: Debian's, filled up. Prints milliseconds of ``docker run … true`` by strategy, of a
-full copy alone, and the disk space that a start takes, as the filesystem counts it. All of it on a new ext4 of its own:
+full copy alone, without the removal of either, and the disk space that a start takes, as the filesystem counts it. A
+strategy that copied would take both, a copy and a start. All of it on a new ext4 of its own:
 on one from which much was deleted lately, as where tests run, making a file can take 20 times as long.
 """
 
@@ -32,6 +33,9 @@ SIZE = 250 << 20
 DISK = 3 << 30
 IMAGE = "interceptor-test/clone:measured"
 
+#: What is measured, and what is not.
+Contestant = tuple[Callable[[], object], Callable[[], object]]
+
 
 def measure(rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds, and megabytes of disk, by contestant."""
@@ -49,7 +53,7 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
                 "runc": _runner(docker, "runc", "none"),
                 "idmapped": _runner(docker, "interceptor", "idmapped"),
                 "clone": _runner(docker, "interceptor", "clone"),
-                "full copy": lambda: _copy(tree, work / "copy"),
+                "full copy": (lambda: _copy(tree, work / "copy"), lambda: shutil.rmtree(work / "copy")),
             }
             times = _times(contestants, rounds)
             taken = {name: _taken(docker, tree, name) for name in contestants}
@@ -85,25 +89,26 @@ def used(tree: Path) -> int:
     return int(done.stdout.split()[0])
 
 
-def _runner(docker: Docker, runtime: str, ownership: str) -> Callable[[], object]:
-    argv = ["run", "--rm", "--network=none", f"--runtime={runtime}"]
-    return lambda: docker(*argv, "-e", f"INTERCEPTOR_OWNERSHIP={ownership}", IMAGE, "true")
+def _runner(docker: Docker, runtime: str, ownership: str) -> Contestant:
+    argv = ["run", "--name=started", "--network=none", f"--runtime={runtime}"]
+    argv += ["-e", f"INTERCEPTOR_OWNERSHIP={ownership}", IMAGE, "true"]
+    return lambda: docker(*argv), lambda: docker("rm", "started")
 
 
 def _copy(tree: Path, to: Path) -> None:
     subprocess.run(["cp", "--archive", "--reflink=auto", str(tree), str(to)], check=True)
-    shutil.rmtree(to)
 
 
-def _times(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def _times(contestants: dict[str, Contestant], rounds: int) -> dict[str, list[float]]:
     """All in turn, so that a busy machine is busy for all; the first round is not warm."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds + 1):
-        for name, run in contestants.items():
+        for name, (run, remove) in contestants.items():
             begin = time.monotonic()
             run()
             if number:
                 times[name].append((time.monotonic() - begin) * 1000)
+            remove()
     return times
 
 
