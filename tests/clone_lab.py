@@ -175,7 +175,8 @@ def facts(root: Path | str, *, shifted: bool = False) -> tuple[Facts, set[frozen
             found[path] = (node, data, extents)
             if status.st_nlink > 1 and not stat.S_ISDIR(node.mode):
                 links[status.st_dev, status.st_ino].add(path)
-    return found, {frozenset(names) for names in links.values()}
+    # A link whose other names are hidden, by another layer or a mount, is one of nobody's here.
+    return found, {frozenset(names) for names in links.values() if len(names) > 1}
 
 
 def _data(path: bytes) -> tuple[int, tuple[tuple[int, int], ...]]:
