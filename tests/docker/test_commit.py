@@ -57,6 +57,8 @@ stat -c '%n %i' /srv/a/hard /srv/b/hard /srv/a/other | awk '{print $2}' | uniq |
 find srv -type f -exec md5sum {} +| sort
 """
 
+LONG = os.environ.get("INTERCEPTOR_LONG") == "1"
+
 #: Every ELF file: the kernel and the loader accept it. `ldd` would run what it looks at.
 SMOKE = r"""
 n=0; bad=0
@@ -97,8 +99,8 @@ def test_a_committed_image_is_what_the_container_saw(docker: Docker, edited: str
     for runtime in ("runc", "interceptor"):
         argv = ["run", "--rm", "--network=none", f"--runtime={runtime}", COMMITTED, "sh", "-c"]
         assert docker(*argv, LOOK).splitlines() == seen.splitlines(), runtime
-        if state == "daemon killed":
-            # Every file of the tree, which takes a while, for the state in which most could have gone wrong.
+        if LONG or state == "daemon killed":
+            # Every file of the tree, which takes a while: else for the state in which most could have gone wrong.
             count, bad = docker(*argv, SMOKE).split()[-2:]
             assert int(count) > 200
             assert bad == "0"
@@ -156,7 +158,7 @@ def test_a_clone_that_is_started_again_has_what_it_did(docker: Docker) -> None:
 
 #: With the base image's layer 125, the most that Docker takes: it needs half a minute for them. More are mapped in
 #: tests/test_idmapped.py.
-LAYERS = 124 if os.environ.get("INTERCEPTOR_LONG") == "1" else 12
+LAYERS = 124 if LONG else 12
 
 
 @pytest.mark.parametrize("ownership", ["idmapped", "clone"])
