@@ -80,6 +80,11 @@
 #ifndef SECCOMP_ADDFD_FLAG_SEND
 #define SECCOMP_ADDFD_FLAG_SEND 2
 #endif
+/*
+ * SECCOMP_IOCTL_NOTIF_ADDFD without an answer. The kernel heeds neither direction nor size of this request (EA_IOCTL() of
+ * kernel/seccomp.c), so with another direction it is the same, but for filters, which do not see the flags in memory.
+ */
+#define IX_NOTIF_ADDFD_ALONE SECCOMP_IOWR(3, struct seccomp_notif_addfd)
 #define IX_PIDFD_THREAD O_EXCL
 #ifndef SECCOMP_IOCTL_NOTIF_SET_FLAGS
 #define SECCOMP_IOCTL_NOTIF_SET_FLAGS SECCOMP_IOW(4, __u64)

@@ -198,36 +198,48 @@ static struct ix_orphan *place_of(int tid)
 }
 
 /* Frees an orphan's place; a descriptor that was kept for it is the caller's, or -1. Under orphan_lock. */
-static int clear_orphan(struct ix_orphan *o)
+static int clear_orphan(struct ix_orphan *o, int *placed)
 {
-	int *kept = &ix_guard_state.orphan_fds[o - ix_guard_state.journal->orphans], fd = *kept - 1;
+	ptrdiff_t i = o - ix_guard_state.journal->orphans;
+	int *kept = &ix_guard_state.orphan_fds[i], fd = *kept - 1;
 	*kept = 0;
+	*placed = ix_guard_state.orphan_placed[i];
+	ix_guard_state.orphan_placed[i] = 0;
 	memset(o, 0, sizeof(*o));
 	return fd;
 }
 
-/* Takes the descriptor that the call was to return, if any. */
-static void remember_orphan(struct ix_call *call, const struct seccomp_notif *n, int result, int given)
+/* Takes the descriptor that the call was to return, if any, and maybe has put into the caller's table. */
+static void remember_orphan(struct ix_call *call, const struct seccomp_notif *n, int result, int given, int placed)
 {
 	struct ix_guard_state *g = &ix_guard_state;
 	cleanup_close int fd = given;
 	uint64_t after_id = given < 0 ? mount_after(call, n) : 0;
 	/* A context or a clone is made again as well; a context that was mounted is used up. */
-	if (given < 0 ? after_id == 0 : n->data.nr != SYS_fsmount)
+	if (given < 0 ? after_id == 0 : n->data.nr != SYS_fsmount && !placed)
 		return;
 	pthread_mutex_lock(&g->orphan_lock);
 	struct ix_orphan *o = place_of(call->tid);
-	int old = clear_orphan(o);
+	int former, old = clear_orphan(o, &former);
 	*o = (struct ix_orphan){
 		.tid = call->tid, .nr = n->data.nr, .instruction_pointer = n->data.instruction_pointer,
 		.after_id = after_id, .context = call->context, .result = result,
 		.order = (uint32_t)__atomic_add_fetch(&g->journal->orphaned, 1, __ATOMIC_RELEASE),
 	};
 	memcpy(o->args, n->data.args, sizeof(o->args));
-	if (fd >= 0)
+	if (fd >= 0) {
 		g->orphan_fds[o - g->journal->orphans] = ix_take_fd(&fd) + 1;
+		g->orphan_placed[o - g->journal->orphans] = placed;
+	}
 	pthread_mutex_unlock(&g->orphan_lock);
 	ix_close_fd(&old);
+}
+
+/* Whether a descriptor is in the caller's table still, where it was put before. */
+static bool is_still_there(const struct ix_call *call, int placed, int fd)
+{
+	cleanup_close int theirs = placed ? ix_fetch_fd(call, placed - 1) : -1;
+	return theirs >= 0 && ix_same_file(theirs, fd) == 1;
 }
 
 /*
@@ -239,7 +251,8 @@ static bool adopt_orphan(struct ix_call *call, const struct seccomp_notif *n, st
 	struct ix_guard_state *g = &ix_guard_state;
 	pthread_mutex_lock(&g->orphan_lock);
 	struct ix_orphan *o = place_of(call->tid), found = *o;
-	cleanup_close int fd = found.tid == call->tid ? clear_orphan(o) : -1;
+	int placed = 0;
+	cleanup_close int fd = found.tid == call->tid ? clear_orphan(o, &placed) : -1;
 	pthread_mutex_unlock(&g->orphan_lock);
 	if (found.tid != call->tid || found.nr != n->data.nr || found.instruction_pointer != n->data.instruction_pointer ||
 	    memcmp(found.args, n->data.args, sizeof(found.args)) != 0)
@@ -250,7 +263,9 @@ static bool adopt_orphan(struct ix_call *call, const struct seccomp_notif *n, st
 	if (found.after_id == 0) {
 		if (fd < 0)
 			return false;
-		*reply = (struct ix_reply){.outcome = IX_HANDLED, .give = ix_take_fd(&fd) + 1, .give_cloexec = found.result};
+		*reply = (struct ix_reply){.outcome = IX_HANDLED, .give_cloexec = found.result};
+		reply->placed = is_still_there(call, placed, fd) ? placed : 0;
+		reply->give = ix_take_fd(&fd) + 1;
 		return true;
 	}
 	if (mount_after(call, n) != found.after_id)
@@ -303,22 +318,6 @@ void ix_forget(struct ix_slot *slot)
 	memset(slot->notif, 0, sizeof(slot->notif));
 }
 
-/* Puts a descriptor into the caller's table and ends its call with the number, in one step (5.14+). */
-static int give(const struct ix_call *call, const struct ix_reply *reply)
-{
-	struct seccomp_notif_addfd add = {
-		.id = call->id,
-		.flags = SECCOMP_ADDFD_FLAG_SEND,
-		.srcfd = (uint32_t)(reply->give - 1),
-		.newfd_flags = reply->give_cloexec ? O_CLOEXEC : 0,
-	};
-	int r;
-	do
-		r = ioctl(call->listener->fd, SECCOMP_IOCTL_NOTIF_ADDFD, &add);
-	while (r < 0 && errno == EINTR);
-	return r;
-}
-
 static void end_call(struct ix_slot *slot)
 {
 	struct ix_guard_state *g = &ix_guard_state;
@@ -342,8 +341,42 @@ static void await_sleep(const struct ix_call *call)
 		sched_yield();
 }
 
+static int ask_listener(const struct ix_call *call, unsigned long request, void *argument)
+{
+	int r;
+	do
+		r = ix_result(ioctl(call->listener->fd, request, argument));
+	while (r == -EINTR);
+	return r;
+}
+
+/*
+ * Puts a descriptor into the caller's table and ends its call with the number: in one step, or, before 5.14, in two. A
+ * caller that is interrupted between these has the descriptor already when it makes the call again.
+ */
+static int give(const struct ix_call *call, struct ix_reply *reply)
+{
+	struct seccomp_notif_addfd add = {
+		.id = call->id,
+		.flags = SECCOMP_ADDFD_FLAG_SEND,
+		.srcfd = (uint32_t)(reply->give - 1),
+		.newfd_flags = reply->give_cloexec ? O_CLOEXEC : 0,
+	};
+	int r = reply->placed ? -EINVAL : ask_listener(call, SECCOMP_IOCTL_NOTIF_ADDFD, &add);
+	if (r != -EINVAL)
+		return r;
+	add.flags = 0;
+	r = reply->placed ? reply->placed - 1 : ask_listener(call, IX_NOTIF_ADDFD_ALONE, &add);
+	if (r < 0)
+		return r;
+	reply->placed = r + 1;
+	struct seccomp_notif_resp resp = {.id = call->id, .val = r};
+	await_sleep(call);
+	return ask_listener(call, SECCOMP_IOCTL_NOTIF_SEND, &resp);
+}
+
 /* Takes reply->give. */
-static void send_reply(struct ix_call *call, const struct ix_reply *reply)
+static void send_reply(struct ix_call *call, struct ix_reply *reply)
 {
 	if (call->slot->phase == IX_PHASE_ACTED)
 		await_sleep(call);
@@ -359,15 +392,15 @@ static void send_reply(struct ix_call *call, const struct ix_reply *reply)
 		r = give(call, reply);
 		resp.error = -EMFILE;  /* what is left to say if the caller's table is full */
 	}
-	while (r < 0 && (r = ioctl(call->listener->fd, SECCOMP_IOCTL_NOTIF_SEND, &resp)) < 0 && errno == EINTR)
-		;
+	if (r < 0 && !reply->placed)
+		r = ask_listener(call, SECCOMP_IOCTL_NOTIF_SEND, &resp);
 	if (r >= 0)
 		return;
 	count(&ix_guard_state.journal->lost);
 	if (given >= 0 && reply->error == 0)
-		remember_orphan(call, &n, reply->give_cloexec, ix_take_fd(&given));
+		remember_orphan(call, &n, reply->give_cloexec, ix_take_fd(&given), reply->placed);
 	else if (reply->outcome == IX_HANDLED && call->slot->phase == IX_PHASE_ACTED)
-		remember_orphan(call, &n, -reply->error, -1);
+		remember_orphan(call, &n, -reply->error, -1, 0);
 }
 
 /* After the reply: the daemon then makes another one. */

@@ -58,6 +58,7 @@ struct ix_guard_state {
 	pthread_mutex_t turn_lock;
 	pthread_mutex_t orphan_lock;
 	int orphan_fds[IX_ORPHANS];    /* 1 + the descriptor that an orphan's call was to return; 0: none */
+	int orphan_placed[IX_ORPHANS]; /* 1 + its number in the caller's table, where it is already; 0: not yet */
 	pthread_cond_t turn_over;      /* a call has been answered, or its result is on record */
 	atomic_int busy;               /* calls received and not answered */
 	bool awaits[IX_SLOTS];         /* a restart waits for what becomes of the call broken off; under turn_lock */
@@ -107,6 +108,7 @@ struct ix_reply {
 	int error;                     /* positive errno, 0 for success; unused with IX_CONTINUED */
 	int give;                      /* 1 + a descriptor that the call returns to the caller, which is closed here; 0: none */
 	bool give_cloexec;
+	int placed;                    /* 1 + its number in the caller's table, where it is already; 0: not yet */
 	const char *reason;            /* why the kernel may run the call: written down for every such answer */
 };
 
@@ -179,6 +181,7 @@ void ix_tally(const struct ix_call *call, const struct ix_reply *reply);
 /* storms.c */
 void ix_count_repetition(const struct ix_call *call, enum ix_op op, uint64_t mnt_id);
 /* newapi.c */
+int ix_fetch_fd(const struct ix_call *call, int number);
 struct ix_reply ix_handle_fsopen(struct ix_call *call);
 struct ix_reply ix_handle_fsmount(struct ix_call *call);
 struct ix_reply ix_handle_open_tree(struct ix_call *call, bool with_attr);

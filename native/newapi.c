@@ -4,7 +4,7 @@
 #include <linux/mount.h>
 
 /* A descriptor of the caller's, duplicated. Threads may have tables of their own, so it is asked for by thread. */
-static int fetch_fd(const struct ix_call *call, int number)
+int ix_fetch_fd(const struct ix_call *call, int number)
 {
 	cleanup_close int pidfd = ix_result(syscall(SYS_pidfd_open, call->tid, IX_PIDFD_THREAD));
 	if (pidfd < 0)
@@ -25,7 +25,7 @@ static int resolve_at(struct ix_call *call, int dirfd, uint64_t path, bool empty
 		return -ENOENT;
 	if (dirfd == AT_FDCWD)
 		return ix_open_caller(ix_guard_state.proc, call->tid, "cwd", O_PATH);
-	return fetch_fd(call, dirfd);
+	return ix_fetch_fd(call, dirfd);
 }
 
 /* ---- contexts: filesystem contexts of procfs and sysfs that callers opened ---------------------------------- */
@@ -202,7 +202,7 @@ struct ix_reply ix_handle_fsmount(struct ix_call *call)
 		return ix_let_kernel_run("flags that the kernel refuses");
 	if (attrs & ~(unsigned int)FSMOUNT_ATTRS)
 		return ix_let_kernel_run("attributes that the kernel refuses");
-	cleanup_close int context = fetch_fd(call, (int)call->args[0]);
+	cleanup_close int context = ix_fetch_fd(call, (int)call->args[0]);
 	if (context < 0 || !known_context(context))
 		return ix_let_kernel_run("no context of procfs or sysfs");
 	if (!ix_open_mount_namespace(call) || !ix_caller_rules(call, call->mntns))

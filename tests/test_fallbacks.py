@@ -18,13 +18,39 @@ pytestmark = pytest.mark.root
 ALL = tuple(REFUSALS)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("names", [*([name] for name in ALL), ALL], ids=lambda names: "+".join(names[:2]))
-def test_without(names: list[str], tmp_path: Path) -> None:
+#: What is tried beyond tests/fidelity, where a fallback makes a difference that this does not show: mechanisms, tests.
+BEYOND: dict[str, tuple[list[str], list[str]]] = {
+    "two steps under signals": (
+        ["SECCOMP_ADDFD_FLAG_SEND"],
+        [
+            "tests/robust/test_exactly_once.py",
+            "-k",
+            "storm_of_signals_counts_once and move_mount",
+            "tests/test_new_api.py",
+        ],
+    ),
+}
+
+
+def _under(names: list[str], *command: str) -> None:
     # A process of its own: the filter cannot be taken off again.
-    argv = [sys.executable, "-m", "tests.without", *names]
+    argv = [sys.executable, "-m", "tests.without", *names, *command]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [*([name] for name in ALL), ALL], ids=lambda names: "+".join(names[:2]))
+def test_without(names: list[str]) -> None:
+    _under(names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", BEYOND)
+def test_beyond_what_scripts_show(what: str, tmp_path: Path) -> None:
+    names, tests = BEYOND[what]
+    pytest_alone = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path}"]
+    _under(names, "--", *pytest_alone, *tests)
 
 
 def test_each_fallback_is_forced() -> None:

@@ -1,13 +1,15 @@
-"""``python -m tests.without MECHANISM…``: the fallbacks, forced on a kernel that has what they stand in for. As root.
+"""``python -m tests.without MECHANISM… [-- COMMAND…]``: fallbacks, forced on a kernel that has what they stand in for.
 
 A seccomp filter on this process, and so on the daemon, guards and containers that it starts, has the kernel refuse the
 mechanism with the errno of a kernel that does not know it. Then the calls of tests/fidelity that need the interceptor
-are compared with what the kernel alone answers: with the fallback they differ no more than without.
+are compared with what the kernel alone answers: with the fallback they differ no more than without. Or a command is run
+under the filter. As root.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -37,6 +39,7 @@ REFUSALS: Mapping[str, Refused] = {
     "SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP": Refused("ioctl", 1, _WORD, 0x40082104),
     "MOVE_MOUNT_SET_GROUP": Refused("move_mount", 4, 0x100, 0x100),
     "MOVE_MOUNT_BENEATH": Refused("move_mount", 4, 0x200, 0x200),
+    "SECCOMP_ADDFD_FLAG_SEND": Refused("ioctl", 1, _WORD, 0x40182103),
     "PIDFD_THREAD": Refused("pidfd_open", 1, 0x80, 0x80),
     "F_DUPFD_QUERY": Refused("fcntl", 1, _WORD, 1024 + 3),
     "fsconfig pidns": Refused("fsconfig", 1, _WORD, 5),
@@ -57,13 +60,17 @@ def refuse(names: list[str]) -> None:
     rules.load()
 
 
-def main(names: list[str]) -> int:
-    """Exit status 0 if the mechanisms are gone and everything works without them."""
+def main(arguments: list[str]) -> int:
+    """Exit status 0 if the mechanisms are gone and everything works without them; else the command's."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    names, command = arguments[:end], arguments[end + 1 :]
     refuse(names)
     still = [f.name for f in probe() if f.available == (f.name in names)]
     if still:
         print(f"not as they should be after the filter: {still}")
         return 1
+    if command:
+        os.execvp(command[0], command)
     with Interceptor() as daemon:
         found = survey(daemon, "root", TABLES)
     for difference in found.defects[:10]:

@@ -167,8 +167,8 @@ _PROBES: tuple[tuple[str, str, bool, str, Callable[[], None]], ...] = (
     (
         "SECCOMP_ADDFD_FLAG_SEND",
         "5.14",
-        True,
-        "a descriptor is handed over and the call answered in one step",
+        False,
+        "a descriptor is handed over and the call answered in one step; else in two, with a look at the caller between",
         _addfd_send,
     ),
     (

@@ -81,7 +81,7 @@ def _under_signals(restart: bool, calls: int, a_round: Callable[[Truth], None] =
     signal.siginterrupt(signal.SIGALRM, not restart)
     truth = Truth()
     truth.prepare()
-    before, originals = support.table(), inside.originals()
+    before, originals, opened = support.table(), inside.originals(), support.descriptors(os.getpid())
     signal.setitimer(signal.ITIMER_REAL, INTERVAL, INTERVAL)
     try:
         while truth.calls < calls and len(truth.wrong) < 20:
@@ -90,6 +90,8 @@ def _under_signals(restart: bool, calls: int, a_round: Callable[[Truth], None] =
         signal.setitimer(signal.ITIMER_REAL, 0)
     if support.table() != before:
         truth.wrong.append(f"the mount table differs: {set(support.table()) ^ set(before)}")
+    if support.descriptors(os.getpid()) != opened:
+        truth.wrong.append(f"{opened} descriptors before, {support.descriptors(os.getpid())} now")
     if inside.originals() != originals:
         truth.wrong.append("the originals are not the same")
     truth.note = support.nothing
