@@ -15,7 +15,7 @@ from interceptor.kernel import stat
 from interceptor.kernel.flags import MountAttr, Shown
 from interceptor.kernel.stat import MountStat
 from interceptor.mounts import explain
-from interceptor.mounts.lineage import MountClass, classify
+from interceptor.mounts.lineage import UNIQUE_FROM, MountClass, classify
 from interceptor.verdicts import Answerer, Scene
 
 
@@ -70,7 +70,9 @@ def mount(container: Container, answerer: Answerer, mnt_id: int, namespace: int 
         raise ContainerError(f"mount {mnt_id} is not in that mount namespace of container {container.cid}")
     kinds = [classify(chain[i:], baseline, scene.namespace) for i in range(len(chain))]
     known = sorted({**dict.fromkeys(baseline.mounts, container.created_ns), **container.births}.items())
-    earliest, latest = explain.born(mnt_id, known)
+    # IDs that are used again do not tell who is older.
+    tells = mnt_id >= UNIQUE_FROM or mnt_id in baseline.mounts
+    earliest, latest = explain.born(mnt_id, known) if tells else (0, None)
     outcomes = explain.outcomes(
         kinds[0], lambda request: answerer.circumstances(container, scene, chain, kinds[0], request)
     )

@@ -554,13 +554,14 @@ class Lifecycle:
     def mounts(self, cid: str) -> list[dict[str, object]]:
         """The baseline, and whether each of its mounts is still there."""
         baseline = self._known(cid).baseline
+        present = stat.present(baseline.mounts, baseline.namespace)
         return [
             {
                 "id": m.mnt_id,
                 "class": m.kind.value,
                 "path": os.fsdecode(m.point),
                 "root": os.fsdecode(m.root),
-                "present": stat.mount_exists(m.mnt_id, baseline.namespace),
+                "present": m.mnt_id in present,
             }
             for m in baseline.mounts.values()
         ]

@@ -4,6 +4,7 @@ workshop. Nothing the guard says about a mount is believed; only its descriptors
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import time
@@ -45,12 +46,21 @@ class Scene:
     def __init__(self, namespace: int) -> None:
         self.namespace = namespace
         self._known: dict[tuple[int, int], MountStat | None] = {}
+        self._read: set[int] = set()
 
     def mount(self, mnt_id: int, namespace: int | None = None) -> MountStat | None:
         where = self.namespace if namespace is None else namespace
         if (mnt_id, where) not in self._known:
-            self._known[mnt_id, where] = stat.find_mount(mnt_id, where)
+            self._look(mnt_id, where)
         return self._known[mnt_id, where]
+
+    def _look(self, mnt_id: int, where: int) -> None:
+        if where not in self._read:
+            self._read.add(where)
+            with contextlib.suppress(SyscallError):
+                self._known.update({(n, where): m for n, m in stat.read_at_once(where).items()})
+        if (mnt_id, where) not in self._known:
+            self._known[mnt_id, where] = stat.find_mount(mnt_id, where)
 
     def chain(self, mnt_id: int) -> list[MountStat]:
         """The mount and those above it, up to the root of the namespace; empty if it is not in there."""

@@ -36,7 +36,7 @@ int ix_mount_magic(struct ix_call *call, uint64_t mnt_id, uint64_t *magic)
 	int r = ix_enter(call);
 	if (r < 0)
 		return r;
-	r = ix_statmount(mnt_id, 0, IX_STATMOUNT_SB_BASIC, &sm, sizeof(sm));
+	r = ix_see_mount(mnt_id, IX_STATMOUNT_SB_BASIC, &sm, sizeof(sm));
 	ix_leave();
 	*magic = sm.sb_magic;
 	return r;
@@ -47,9 +47,9 @@ bool ix_has_mounts_below(struct ix_call *call, uint64_t mnt_id)
 	uint64_t first;
 	if (!ix_open_mount_namespace(call) || ix_enter(call) < 0)
 		return false;
-	int64_t n = ix_listmount(mnt_id, 0, 0, &first, 1);
+	int64_t n = ix_see_below(mnt_id, 0, &first, 1);
 	ix_leave();
-	return n > 0;
+	return n != 0;
 }
 
 /* Side effects only for a caller that still waits; from here on a successor asks the mount table what happened. */
@@ -75,7 +75,7 @@ struct ix_reply ix_acted(struct ix_call *call, int result)
 
 static int mount_info(uint64_t id, struct mount_info *info)
 {
-	int r = ix_statmount(id, 0, IX_STATMOUNT_MNT_BASIC | IX_STATMOUNT_MNT_POINT, info, sizeof(*info));
+	int r = ix_see_mount(id, IX_STATMOUNT_MNT_BASIC | IX_STATMOUNT_MNT_POINT, info, sizeof(*info));
 	if (r < 0)
 		return r;
 	return info->sm.mask & IX_STATMOUNT_MNT_POINT ? 0 : -ENOENT;
@@ -129,7 +129,7 @@ int ix_top_of_file(struct ix_call *call, uint64_t mnt_id)
 	uint64_t above;
 	if (!ix_open_mount_namespace(call) || ix_enter(call) < 0)
 		return -ESRCH;
-	while (ix_listmount(mnt_id, 0, 0, &above, 1) > 0)
+	while (ix_see_below(mnt_id, 0, &above, 1) > 0)
 		mnt_id = above;
 	int fd = open_mount(mnt_id, &info);
 	ix_leave();
@@ -174,7 +174,7 @@ struct base {
 static bool composite_has(const struct base *base, const char *point)
 {
 	uint64_t ids[256];
-	int64_t n = ix_listmount(base->composite_id, 0, 0, ids, 256);
+	int64_t n = ix_see_below(base->composite_id, 0, ids, 256);
 	while (n-- > 0) {
 		struct mount_info info;
 		uint64_t at = ids[n];
@@ -209,7 +209,7 @@ static int collect_own_mounts(const struct base *base, struct own_mounts *own)
 	uint64_t ids[64], last = 0;
 	size_t prefix = strcmp(base->point, "/") == 0 ? 0 : strlen(base->point);
 	for (;;) {
-		int64_t n = ix_listmount(base->id, 0, last, ids, 64);
+		int64_t n = ix_see_below(base->id, last, ids, 64);
 		if (n <= 0)
 			return (int)n;
 		for (int64_t i = 0; i < n; i++) {
@@ -453,7 +453,7 @@ struct ix_reply ix_act(struct ix_call *call, const struct ix_answer *answer, int
 static void strip_own_mounts(uint64_t root_id)
 {
 	uint64_t ids[256];
-	int64_t n = ix_listmount(root_id, 0, 0, ids, 256);
+	int64_t n = ix_see_below(root_id, 0, ids, 256);
 	while (n-- > 0) {
 		struct mount_info info;
 		cleanup_close int fd = open_mount(ids[n], &info);

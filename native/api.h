@@ -38,11 +38,13 @@ struct ix_mount_view {
 	uint32_t dev_major, dev_minor;
 	const char *root, *point, *fstype;
 };
+void ix_view_of(const void *buf, struct ix_mount_view *out);
 int ix_look_at_mount(uint64_t mnt_id, uint64_t ns_id, void *buf, size_t size, struct ix_mount_view *out);
 int64_t ix_listmount(uint64_t mnt_id, uint64_t ns_id, uint64_t last, uint64_t *ids, size_t count);
 
 int ix_setns(int fd, int nstype);
 int ix_unshare(int flags);
+/* Before Linux 6.11 namespaces have no ID: then it is the inode number with bit 62, which no ID has. */
 int ix_mntns_id(int fd, uint64_t *id);
 /* 1 if a descriptor is one of a namespace that a user namespace or one below it owns, else 0. */
 int ix_belongs_to(int fd, int userns_fd);
@@ -54,6 +56,11 @@ int ix_close_range(unsigned int first, unsigned int last);
 int ix_chroot_fd(int fd);
 /* 1: two descriptors of the caller's are of one open file. */
 int ix_same_file(int a, int b);
+
+/* ---- mountinfo.c: what these two would say, from an open mountinfo; IDs are the reusable ones --------------- */
+int ix_mountinfo_look(int mountinfo, uint64_t mnt_id, uint64_t mask, void *buf, size_t size);
+/* In the order of the file; -EAGAIN where `last` is not in it any more, -E2BIG where there is too much of it. */
+int64_t ix_mountinfo_list(int mountinfo, uint64_t mnt_id, uint64_t last, uint64_t *ids, size_t count);
 
 /* ---- workshop.c: what must happen in one piece, so that no thread is ever left in a foreign namespace ------ */
 

@@ -1,6 +1,7 @@
 /*
  * Verdicts that hold for a mount and an operation until the policy changes. Unique mount IDs are never reused, so an
- * entry can be forgotten but never be wrong. Direct-mapped: a collision costs a question, nothing else.
+ * entry can be forgotten but never be wrong. Where IDs are reused, there are none. Direct-mapped: a collision costs a
+ * question, nothing else.
  */
 #include "guard.h"
 
@@ -47,7 +48,7 @@ int ix_cache_get(uint64_t mnt_id, enum ix_op op, int *error)
 void ix_cache_put(uint64_t mnt_id, enum ix_op op, int error)
 {
 	struct entry *e = entry_of(mnt_id);
-	if ((int)op < 1 || (int)op > OPS || error < 0 || error >= VERDICT_CONTINUE)
+	if (ix_guard_state.ids_return || (int)op < 1 || (int)op > OPS || error < 0 || error >= VERDICT_CONTINUE)
 		return;
 	pthread_mutex_lock(&ix_guard_state.cache_lock);
 	if (e->mnt_id != mnt_id)

@@ -93,6 +93,7 @@
 #define IX_NS_GET_USERNS _IO(0xb7, 0x1)
 #define IX_NS_GET_PARENT _IO(0xb7, 0x2)
 #define IX_NS_GET_MNTNS_ID _IOR(0xb7, 0x5, uint64_t)
+#define IX_NS_BY_INODE (UINT64_C(1) << 62)
 #define IX_PROC_SUPER_MAGIC 0x9fa0
 #define IX_SYSFS_MAGIC 0x62656572
 #define IX_FUSE_SUPER_MAGIC 0x65735546

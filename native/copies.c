@@ -11,6 +11,30 @@ struct seen {
 	char strings[2 * PATH_MAX];
 };
 
+/* The mount table of this thread's mount namespace: before Linux 6.8 its mountinfo, from the host's procfs. */
+static int open_table(void)
+{
+	return ix_result(openat(ix_guard_state.proc, "thread-self/mountinfo", O_RDONLY | O_CLOEXEC));
+}
+
+int ix_see_mount(uint64_t mnt_id, uint64_t mask, void *buf, size_t size)
+{
+	int r = ix_statmount(mnt_id, 0, mask, buf, size);
+	if (r != -ENOSYS)
+		return r;
+	cleanup_close int table = open_table();
+	return table < 0 ? table : ix_mountinfo_look(table, mnt_id, mask, buf, size);
+}
+
+int64_t ix_see_below(uint64_t mnt_id, uint64_t last, uint64_t *ids, size_t count)
+{
+	int64_t n = ix_listmount(mnt_id, 0, last, ids, count);
+	if (n != -ENOSYS)
+		return n;
+	cleanup_close int table = open_table();
+	return table < 0 ? table : ix_mountinfo_list(table, mnt_id, last, ids, count);
+}
+
 static uint64_t hash(const char *text)
 {
 	uint64_t h = 0xcbf29ce484222325ULL;
@@ -40,7 +64,7 @@ static struct ix_facts facts_now(void)
 static bool look(uint64_t mnt_id, struct seen *m)
 {
 	const uint64_t wanted = IX_STATMOUNT_SB_BASIC | IX_STATMOUNT_MNT_BASIC | IX_STATMOUNT_MNT_ROOT | IX_STATMOUNT_MNT_POINT;
-	return ix_statmount(mnt_id, 0, wanted, m, sizeof(*m)) == 0 && (m->sm.mask & wanted) == wanted;
+	return ix_see_mount(mnt_id, wanted, m, sizeof(*m)) == 0 && (m->sm.mask & wanted) == wanted;
 }
 
 bool ix_is_of_base_type(uint64_t mnt_id)
@@ -53,7 +77,7 @@ bool ix_is_of_base_type(uint64_t mnt_id)
 static bool is_shared(uint64_t mnt_id)
 {
 	struct ix_statmount sm;
-	return ix_statmount(mnt_id, 0, IX_STATMOUNT_MNT_BASIC, &sm, sizeof(sm)) < 0 || sm.mnt_peer_group != 0;
+	return ix_see_mount(mnt_id, IX_STATMOUNT_MNT_BASIC, &sm, sizeof(sm)) < 0 || sm.mnt_peer_group != 0;
 }
 
 static const char *point_of(const struct seen *m)
@@ -93,9 +117,10 @@ static bool may_be_original(const struct ix_facts *facts, const struct seen *m, 
 {
 	for (uint32_t i = 0; i < facts->bases; i++) {
 		const struct ix_original *o = &facts->base[i];
+		if (o->dev_major != m->sm.sb_dev_major || o->dev_minor != m->sm.sb_dev_minor)
+			continue;
 		if (namespace_id == facts->namespace_id ? o->mnt_id == m->sm.mnt_id
-							: o->dev_major == m->sm.sb_dev_major && o->dev_minor == m->sm.sb_dev_minor &&
-								  o->point == hash(point_of(m)) && roots_above(m) <= facts->roots)
+							: o->point == hash(point_of(m)) && roots_above(m) <= facts->roots)
 			return true;
 	}
 	return false;
@@ -115,7 +140,7 @@ enum load { LOAD_COVERS, LOAD_OWN, LOAD_UNCLEAR };
 static enum load load_of(const struct ix_facts *facts, const struct seen *base)
 {
 	uint64_t ids[BELOW_MAX], points[BELOW_MAX];
-	int64_t n = ix_listmount(base->sm.mnt_id, 0, 0, ids, BELOW_MAX);
+	int64_t n = ix_see_below(base->sm.mnt_id, 0, ids, BELOW_MAX);
 	size_t prefix = strcmp(point_of(base), "/") == 0 ? 0 : strlen(point_of(base));
 	enum load load = n < 0 || n == BELOW_MAX ? LOAD_UNCLEAR : LOAD_COVERS;
 	for (int64_t i = 0; i < n && load != LOAD_OWN; i++) {
@@ -145,7 +170,7 @@ bool ix_takes_no_original_along(uint64_t mnt_id, uint64_t namespace_id)
 	int64_t n;
 	if (facts.namespace_id == 0)
 		return false;
-	while ((n = ix_listmount(mnt_id, 0, last, ids, BELOW_MAX)) > 0)
+	while ((n = ix_see_below(mnt_id, last, ids, BELOW_MAX)) > 0)
 		for (int64_t i = 0; i < n; i++) {
 			struct seen m;
 			last = ids[i];
@@ -203,7 +228,7 @@ static bool describe_covers(const struct ix_facts *facts, const struct seen *bas
 			    struct ix_swap *swap)
 {
 	uint64_t ids[BELOW_MAX], points[BELOW_MAX];
-	int64_t n = ix_listmount(base->sm.mnt_id, 0, 0, ids, BELOW_MAX);
+	int64_t n = ix_see_below(base->sm.mnt_id, 0, ids, BELOW_MAX);
 	size_t prefix = strlen(point_of(base)), length = strlen(point_of(target));
 	bool found = false;
 	if (n < 0 || n == BELOW_MAX || prefix == 1)

@@ -456,8 +456,10 @@ int ix_guard(int link_fd, int journal_fd, int proc_fd, const struct ix_guard_con
 	g->proc = proc_fd;
 	g->home = ix_open_caller(proc_fd, getpid(), "ns/mnt", O_RDONLY);
 	g->journal = mmap(NULL, sizeof(struct ix_journal), PROT_READ | PROT_WRITE, MAP_SHARED, journal_fd, 0);
-	if (g->home < 0 || g->journal == MAP_FAILED)
+	struct ix_stat home;
+	if (g->home < 0 || g->journal == MAP_FAILED || ix_statx(g->home, "", AT_EMPTY_PATH, &home) < 0)
 		return -1;
+	g->ids_return = !home.unique;
 	close(journal_fd);
 	/* Those that a predecessor waited for. */
 	__atomic_store_n(&g->journal->waiting, 0, __ATOMIC_RELAXED);

@@ -44,6 +44,7 @@ struct ix_repetition {
 struct ix_guard_state {
 	struct ix_guard_config config;
 	int link, proc, home;          /* home: the guard's own, empty mount namespace */
+	bool ids_return;               /* IDs of mounts are used again: before Linux 6.8 */
 	struct ix_journal *journal;
 	struct ix_listener listeners[IX_LISTENERS];
 	struct ix_question questions[IX_SLOTS];
@@ -159,6 +160,8 @@ int ix_mount_magic(struct ix_call *call, uint64_t mnt_id, uint64_t *magic);
 bool ix_open_mount_namespace(struct ix_call *call);
 struct ix_reply ix_decide(struct ix_call *call, enum ix_op op, int fd, const struct ix_stat *st, uint64_t flags);
 /* copies.c */
+int ix_see_mount(uint64_t mnt_id, uint64_t mask, void *buf, size_t size);
+int64_t ix_see_below(uint64_t mnt_id, uint64_t last, uint64_t *ids, size_t count);
 void ix_take_facts(const struct ix_facts *facts);
 bool ix_is_for_the_kernel(uint64_t mnt_id, uint64_t namespace_id, enum ix_op op, uint64_t flags);
 bool ix_takes_no_original_along(uint64_t mnt_id, uint64_t namespace_id);

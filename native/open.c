@@ -61,8 +61,8 @@ static bool belongs(struct ix_call *call, const struct ix_stat *base, const stru
 		return true;
 	if (!ix_open_mount_namespace(call) || ix_enter(call) < 0)
 		return false;
-	bool found = ix_statmount(base->mnt_id, 0, mask, &b, sizeof(b)) == 0 &&
-		     ix_statmount(cover->mnt_id, 0, mask, &c, sizeof(c)) == 0;
+	bool found = ix_see_mount(base->mnt_id, mask, &b, sizeof(b)) == 0 &&
+		     ix_see_mount(cover->mnt_id, mask, &c, sizeof(c)) == 0;
 	ix_leave();
 	if (!found || c.sm.mnt_parent_id != base->mnt_id)
 		return false;

@@ -71,12 +71,14 @@ int ix_openat2(int dirfd, const char *path, uint64_t flags, uint64_t mode, uint6
 
 int ix_statx(int dirfd, const char *path, int flags, struct ix_stat *out)
 {
+	const unsigned int wanted = STATX_TYPE | STATX_MODE | STATX_INO;
 	struct statx sx = {0};
-	if (statx(dirfd, path, flags, STATX_TYPE | STATX_MODE | STATX_INO | STATX_MNT_ID_UNIQUE, &sx) < 0)
-		return -errno;
-	if (!(sx.stx_mask & (STATX_MNT_ID_UNIQUE | STATX_MNT_ID)) &&
-	    statx(dirfd, path, flags, STATX_INO | STATX_MNT_ID, &sx) < 0)
-		return -errno;
+	int r = ix_result(statx(dirfd, path, flags, wanted | STATX_MNT_ID_UNIQUE, &sx));
+	/* Before Linux 6.8 a kernel gives the other ID, a filter may refuse. */
+	if (r == -EINVAL || (r == 0 && !(sx.stx_mask & (STATX_MNT_ID_UNIQUE | STATX_MNT_ID))))
+		r = ix_result(statx(dirfd, path, flags, wanted | STATX_MNT_ID, &sx));
+	if (r < 0)
+		return r;
 	*out = (struct ix_stat){
 		.mnt_id = sx.stx_mnt_id,
 		.ino = sx.stx_ino,
@@ -125,12 +127,17 @@ int64_t ix_listmount(uint64_t mnt_id, uint64_t ns_id, uint64_t last, uint64_t *i
 
 int ix_look_at_mount(uint64_t mnt_id, uint64_t ns_id, void *buf, size_t size, struct ix_mount_view *out)
 {
-	const struct ix_statmount *s = buf;
 	const uint64_t mask = IX_STATMOUNT_SB_BASIC | IX_STATMOUNT_MNT_BASIC | IX_STATMOUNT_MNT_ROOT |
 			      IX_STATMOUNT_MNT_POINT | IX_STATMOUNT_FS_TYPE;
 	int r = ix_statmount(mnt_id, ns_id, mask, buf, size);
-	if (r < 0)
-		return r;
+	if (r == 0)
+		ix_view_of(buf, out);
+	return r;
+}
+
+void ix_view_of(const void *buf, struct ix_mount_view *out)
+{
+	const struct ix_statmount *s = buf;
 	*out = (struct ix_mount_view){
 		.mnt_id = s->mnt_id,
 		.parent_id = s->mnt_parent_id,
@@ -145,7 +152,6 @@ int ix_look_at_mount(uint64_t mnt_id, uint64_t ns_id, void *buf, size_t size, st
 		.point = s->mask & IX_STATMOUNT_MNT_POINT ? s->str + s->mnt_point : NULL,
 		.fstype = s->mask & IX_STATMOUNT_FS_TYPE ? s->str + s->fs_type : NULL,
 	};
-	return 0;
 }
 
 int ix_setns(int fd, int nstype)
@@ -160,7 +166,13 @@ int ix_unshare(int flags)
 
 int ix_mntns_id(int fd, uint64_t *id)
 {
-	return ix_result(ioctl(fd, IX_NS_GET_MNTNS_ID, id));
+	struct stat st;
+	int r = ix_result(ioctl(fd, IX_NS_GET_MNTNS_ID, id));
+	if (r != -ENOTTY)
+		return r;
+	r = ix_result(fstat(fd, &st));
+	*id = IX_NS_BY_INODE | (uint64_t)st.st_ino;
+	return r;
 }
 
 enum { NESTING_MAX = 33 };

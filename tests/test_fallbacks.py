@@ -19,16 +19,29 @@ ALL = tuple(REFUSALS)
 
 
 #: What is tried beyond tests/fidelity, where a fallback makes a difference that this does not show: mechanisms, tests.
+#: Not where the test itself, in the container, has no procfs to read mountinfo from: in a chroot, or without its /proc.
 BEYOND: dict[str, tuple[list[str], list[str]]] = {
     "two steps under signals": (
         ["SECCOMP_ADDFD_FLAG_SEND"],
         [
-            "tests/robust/test_exactly_once.py",
-            "-k",
-            "storm_of_signals_counts_once and move_mount",
-            "tests/test_new_api.py",
+            *("tests/test_new_api.py", "tests/robust/test_exactly_once.py", "-k"),
+            "test_new_api or (storm_of_signals_counts_once and move_mount)",
         ],
     ),
+    "mountinfo in attacks": (
+        ["statmount, listmount"],
+        [
+            "tests/attacks/test_spellings.py",
+            "tests/attacks/test_lazy.py",
+            "-k",
+            "real and (plain or unshare)",
+        ],
+    ),
+    "mountinfo in a life": (
+        ["statmount, listmount"],
+        ["tests/test_explain.py", "tests/robust/test_own_mounts.py"],
+    ),
+    "namespaces by inode number": (["statmount in another namespace"], ["tests/test_explain.py"]),
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from interceptor.guards.link import Facts
 from interceptor.kernel.fd import OwnedFd
 from interceptor.mounts.composite import Material
-from interceptor.mounts.lineage import Baseline, MountClass, Recorded, roots
+from interceptor.mounts.lineage import UNIQUE_FROM, Baseline, MountClass, Recorded, roots
 from interceptor.mounts.managed import Cover, Covered, Plan
 
 #: As many as a guard knows again (native/newapi.c).
@@ -60,7 +60,9 @@ class Container:
             self.pidns_ino = os.stat(f"/proc/{self.pid}/ns/pid").st_ino
 
     def note_birth(self, mnt_id: int, now: int) -> None:
-        """Remembers when a mount was made; the oldest is forgotten when there are too many."""
+        """Remembers when a mount was made, by unique ID; the oldest is forgotten when there are too many."""
+        if mnt_id < UNIQUE_FROM:
+            return
         self.births[mnt_id] = now
         if len(self.births) > BIRTHS_MAX:
             self.births.popitem(last=False)

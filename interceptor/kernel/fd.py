@@ -11,7 +11,7 @@ from typing import Protocol
 class OwnedFd:
     """A file descriptor with one owner. Closed by `close`, at the end of a ``with`` block, or when forgotten."""
 
-    __slots__ = ("_fd",)
+    __slots__ = ("__weakref__", "_fd")
 
     def __init__(self, fd: int) -> None:
         if fd < 0:

@@ -16,6 +16,7 @@ from interceptor.kernel import mount, stat
 from interceptor.kernel.fd import OwnedFd
 from interceptor.kernel.flags import CLONE_NEWNS, CLONE_NEWUSER, MountAttr, MountFlag, MoveMountFlag
 from interceptor.kernel.namespaces import open_namespace, unshare
+from interceptor.kernel.whereabouts import BY_INODE
 
 _WAIT_KILLABLE_RECV = 1 << 5
 _RET_ALLOW = struct.pack("=HBBI", 0x06, 0, 0, 0x7FFF0000)
@@ -123,11 +124,15 @@ def _beneath() -> None:
 
 
 def _statmount() -> None:
+    if stat.reads_mountinfo():
+        raise OSError(errno.ENOSYS, "statmount")
     stat.statmount(stat.listmount()[0])
 
 
 def _statmount_elsewhere() -> None:
     namespace = stat.mount_namespace_id(open_namespace(os.getpid(), "mnt"))
+    if namespace & BY_INODE or stat.reads_mountinfo():
+        raise OSError(errno.ENOSYS, "statmount of another namespace")
     stat.statmount(stat.listmount(namespace=namespace)[0], namespace)
 
 
@@ -154,13 +159,25 @@ _PROBES: tuple[tuple[str, str, bool, str, Callable[[], None]], ...] = (
         "composites are built detached",
         lambda: _detached() and None,
     ),
-    ("STATX_MNT_ID_UNIQUE", "6.8", True, "a mount's identity", _unique_id),
-    ("statmount, listmount", "6.8", True, "facts about mounts, without parsing", _statmount),
+    (
+        "STATX_MNT_ID_UNIQUE",
+        "6.8",
+        False,
+        "a mount's identity; else its reusable ID with device and root, and guards remember no verdicts",
+        _unique_id,
+    ),
+    (
+        "statmount, listmount",
+        "6.8",
+        False,
+        "facts about mounts; else from mountinfo, which takes longer the more mounts there are",
+        _statmount,
+    ),
     (
         "statmount in another namespace",
         "6.11",
-        True,
-        "facts about a container's mounts",
+        False,
+        "facts about a container's mounts; else the daemon goes there to look",
         _statmount_elsewhere,
     ),
     ("mount_setattr", "5.12", True, "flags and propagation of trees that nobody sees yet", _setattr),

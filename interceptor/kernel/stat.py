@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import errno
+import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from interceptor._native import ffi, lib
 from interceptor.errors import SyscallError
+from interceptor.kernel import mountinfo
 from interceptor.kernel.call import Path, c_fd, c_path, checked
 from interceptor.kernel.fd import FdLike
 from interceptor.kernel.flags import AT_EMPTY_PATH, AT_STATX_DONT_SYNC, AT_SYMLINK_NOFOLLOW
+from interceptor.kernel.mountinfo import MountStat as MountStat
+from interceptor.kernel.whereabouts import BY_INODE, remember, within
 
 LSMT_ROOT = 0xFFFFFFFFFFFFFFFF
 _BUFFER = 16384
@@ -29,26 +34,6 @@ class FileStat(NamedTuple):
     unique: bool
     uid: int
     gid: int
-
-
-class MountStat(NamedTuple):
-    """What statmount(2) says of a mount. Paths are bytes as the kernel keeps them, not escaped."""
-
-    mnt_id: int
-    parent_id: int
-    dev: tuple[int, int]
-    magic: int
-    attributes: int
-    """`MountAttr` bits."""
-    propagation: int
-    """MS_SHARED, MS_SLAVE, MS_PRIVATE, MS_UNBINDABLE."""
-    peer_group: int
-    master: int
-    root: bytes
-    """Path of the mount's root within its filesystem."""
-    point: bytes
-    """Where it is mounted, as seen from the root of the namespace asked for (or of this process)."""
-    fstype: bytes
 
 
 def statx(dirfd: FdLike, path: Path = b"", *, follow: bool = False) -> FileStat:
@@ -72,17 +57,50 @@ def fs_magic(fd: FdLike) -> int:
 
 
 def mount_namespace_id(fd: FdLike) -> int:
-    """NS_GET_MNTNS_ID of ioctl_nsfs(2), 6.11+."""
+    """NS_GET_MNTNS_ID of ioctl_nsfs(2), 6.11+; before, a number that `whereabouts.within` knows."""
     value = ffi.new("uint64_t *")
     checked(lib.ix_mntns_id(c_fd(fd), value), "ioctl(NS_GET_MNTNS_ID)", c_fd(fd))
-    return int(value[0])
+    number = int(value[0])
+    if number & BY_INODE:
+        remember(number, fd)
+    return number
+
+
+@functools.cache
+def reads_mountinfo() -> bool:
+    """Whether there is no statmount(2), which is then tried no more."""
+    return bool(lib.ix_statmount(0, 0, 0, ffi.NULL, 0) == -errno.ENOSYS)
+
+
+def _read(namespace: int) -> dict[int, MountStat]:
+    if not namespace:
+        return mountinfo.read()
+    with within(namespace) as proc:
+        return mountinfo.read(proc)
+
+
+def read_at_once(namespace: int) -> dict[int, MountStat]:
+    """All mounts of a mount namespace by ID, where they cannot be looked up one by one; else none.
+
+    Raises as `listmount`.
+    """
+    return _read(namespace) if reads_mountinfo() else {}
 
 
 def statmount(mnt_id: int, namespace: int = 0) -> MountStat:
-    """statmount(2), 6.8+; ``namespace`` (6.11+) is the ID of a mount namespace, 0 the caller's own.
+    """statmount(2), 6.8+; ``namespace`` (6.11+) is the ID of a mount namespace, 0 the caller's own. Before, the calling
+    thread goes there to look, and finds the reusable IDs in mountinfo.
 
     Raises `SyscallError`, with ENOENT if there is no such mount in that namespace.
     """
+    if reads_mountinfo():
+        found = _read(namespace).get(mnt_id)
+        if found is None:
+            raise SyscallError(errno.ENOENT, f"search for the mount {mnt_id} in {namespace:#x}")
+        return found
+    if namespace & BY_INODE:
+        with within(namespace):
+            return statmount(mnt_id)
     buffer = _uncleared("char[]", _BUFFER)
     s = _uncleared("struct ix_mount_view *")
     result = lib.ix_look_at_mount(mnt_id, namespace, buffer, _BUFFER, s)
@@ -118,7 +136,16 @@ def _string(text: Any) -> bytes:
 
 
 def listmount(mnt_id: int = LSMT_ROOT, namespace: int = 0) -> list[int]:
-    """listmount(2), 6.8+: unique IDs of every mount below ``mnt_id``, parents before what came later."""
+    """listmount(2), 6.8+: unique IDs of every mount below ``mnt_id``, parents before what came later.
+
+    Before, as `statmount`, in the order of mountinfo.
+    """
+    if reads_mountinfo():
+        mounts = _read(namespace)
+        return list(mounts) if mnt_id == LSMT_ROOT else mountinfo.below(mounts, mnt_id)
+    if namespace & BY_INODE:
+        with within(namespace):
+            return listmount(mnt_id)
     count = 512
     ids = _uncleared("uint64_t[]", count)
     found: list[int] = []
@@ -136,3 +163,15 @@ def listmount(mnt_id: int = LSMT_ROOT, namespace: int = 0) -> list[int]:
 def mount_exists(mnt_id: int, namespace: int = 0) -> bool:
     """Whether a mount of that unique ID is in the namespace. Raises as `statmount`, but for ENOENT."""
     return find_mount(mnt_id, namespace) is not None
+
+
+def present(ids: Iterable[int], namespace: int) -> set[int]:
+    """Those of some mounts that are in a namespace; none where that has ended. Raises `SyscallError`."""
+    if not reads_mountinfo():
+        return {number for number in ids if mount_exists(number, namespace)}
+    try:
+        return _read(namespace).keys() & set(ids)
+    except SyscallError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return set()

@@ -1,7 +1,8 @@
 """What a mount is: original or copy, base or submount, shield, immutable or free. Pure: facts in, class out.
 
-Identity is the unique mount ID. A mount of another namespace than the container's first has IDs of its own; it is an
-original if it stands where the original stands, reached through the same filesystems (DESIGN.md, section 3).
+Identity is the unique mount ID, before Linux 6.8 the reusable one with device and root. A mount of another namespace
+than the container's first has IDs of its own; it is an original if it stands where the original stands, reached through
+the same filesystems (DESIGN.md, section 3).
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from interceptor.mounts.managed import BASE_TYPES, Plan
+
+#: Unique IDs of mounts, which are never used again, begin here (MNT_UNIQUE_ID_OFFSET of fs/namespace.c); others end.
+UNIQUE_FROM = 1 << 31
 
 
 class MountClass(enum.Enum):
@@ -112,11 +116,19 @@ def welded_to(chain: Sequence[M], plan: Plan) -> M | None:
     return None
 
 
+def is_same(recorded: Recorded, mount: Mount) -> bool:
+    """Whether a mount is the one that was recorded with its ID. Before Linux 6.8 that may be another's by now: one that
+    shows the same, or it is not taken for this one.
+    """
+    return mount.mnt_id >= UNIQUE_FROM or (recorded.dev, recorded.root) == (mount.dev, mount.root)
+
+
 def classify(chain: Sequence[Mount], baseline: Baseline, namespace: int) -> MountClass:
     """The class of ``chain[0]``, a mount in the mount namespace ``namespace``."""
     mount = chain[0]
-    if namespace == baseline.namespace and mount.mnt_id in baseline.mounts:
-        return baseline.mounts[mount.mnt_id].kind
+    recorded = baseline.mounts.get(mount.mnt_id) if namespace == baseline.namespace else None
+    if recorded is not None and is_same(recorded, mount):
+        return recorded.kind
     if is_base(mount):
         return (
             MountClass.ORIGINAL_BASE if _same_position(chain, baseline, namespace) else MountClass.COPIED_BASE
