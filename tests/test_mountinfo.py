@@ -234,9 +234,9 @@ def _elsewhere() -> list[str]:
             wrong.append("other mounts")
         if stat.mount_exists(ids[-1]):
             wrong.append("not gone home")
-    # Nobody has a descriptor of it, or is in there.
+    # Those of namespaces begin at 0xf0000000 (fs/proc/generic.c).
     try:
-        stat.listmount(namespace=number)
+        stat.listmount(namespace=BY_INODE | 1)
         wrong.append("found")
     except OSError as error:
         wrong += [] if error.errno == errno.ENOENT else [str(error)]
