@@ -103,7 +103,7 @@ static uint32_t roots_above(const struct seen *m)
 	uint32_t roots = 0;
 	for (int depth = 0; depth < DEPTH_MAX; depth++) {
 		struct seen at;
-		if (ix_statmount(id, 0, IX_STATMOUNT_MNT_BASIC | IX_STATMOUNT_MNT_POINT, &at, sizeof(at)) < 0 ||
+		if (ix_see_mount(id, IX_STATMOUNT_MNT_BASIC | IX_STATMOUNT_MNT_POINT, &at, sizeof(at)) < 0 ||
 		    at.sm.mnt_parent_id == id)
 			break;
 		roots += !(at.sm.mask & IX_STATMOUNT_MNT_POINT) || strcmp(point_of(&at), "/") == 0;
