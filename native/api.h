@@ -399,7 +399,7 @@ int ix_pump_learn(struct ix_pump *pump, uint64_t id, int envoy, int base, int fl
 		  size_t len);
 int ix_pump_say(struct ix_pump *pump, uint64_t id, const char *content, size_t len);
 void ix_pump_forget(struct ix_pump *pump, uint64_t id);
-int ix_pump_receive(struct ix_pump *pump, int others, void *buffer, size_t size, uint32_t *asked);
+int ix_pump_receive(struct ix_pump *pump, int others, int64_t wait_ns, void *buffer, size_t size, uint32_t *asked);
 
 /* ---- pages.c: parts of listings, by slots ------------------------------------------------------------------ */
 int ix_pump_page_slot(uint64_t directory, uint64_t offset);

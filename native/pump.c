@@ -23,8 +23,6 @@ enum {
 	BUCKETS = 4096, ENDS = 1024, PATHS_MAX = 4095, DATA_MAX = 65536, OP_READ = 3,
 	PATIENCE_US = 500,                       /* for an envoy, while everybody waits */
 	SULK_NS = 10 * 1000 * 1000,              /* how long an envoy goes the long way after that */
-	LINGER_US = 200,                         /* for what follows a request that was served here */
-	SPIN_US = 20,                            /* of that, without going to sleep */
 	BATCH = 64, BATCHES = 8,                 /* requests until others are looked for, and until they have a turn */
 	KEPT_MAX = 2048, KEEP = 1,
 };
@@ -341,6 +339,24 @@ static void keep(struct ix_pump *pump, struct node *node, int *fd)
 	pump->hand = (pump->hand + 1) % pump->kept_count;
 }
 
+/* A read that was not filled has come to the end: the one after it need not be made. */
+static void note_end(struct ix_pump *pump, const struct fuse_read_in *in, size_t len)
+{
+	if (len && len < in->size) {
+		pump->ends[in->fh % ENDS].handle = in->fh;
+		pump->ends[in->fh % ENDS].end = in->offset + len;
+	}
+}
+
+/* Whether that is the one after it. */
+static bool is_at_end(struct ix_pump *pump, const struct fuse_read_in *in)
+{
+	if (pump->ends[in->fh % ENDS].handle != in->fh)
+		return false;
+	pump->ends[in->fh % ENDS].handle = 0;
+	return pump->ends[in->fh % ENDS].end == in->offset;
+}
+
 /* By the descriptor that we have: false if that is no good any more, as when the device has gone. */
 static bool serve_kept(struct ix_pump *pump, const struct fuse_in_header *head, const struct fuse_read_in *in,
 		       const struct node *node)
@@ -354,6 +370,7 @@ static bool serve_kept(struct ix_pump *pump, const struct fuse_in_header *head, 
 		unkeep(&pump->kept[node->kept]);
 		return false;
 	}
+	note_end(pump, in, (size_t)n);
 	answer(pump, head->unique, 0, pump->in.data, (size_t)n);
 	return true;
 }
@@ -372,7 +389,6 @@ static uint32_t serve_read(struct ix_pump *pump, const struct fuse_in_header *he
 			   struct node *node)
 {
 	struct envoy *envoy = &pump->envoys[node->envoy];
-	size_t slot = in->fh % ENDS;
 	bool keeps = node->flags & IX_NODE_KEEP && envoy->home.proc_mount;
 	cleanup_close int passed = -1;
 
@@ -384,17 +400,14 @@ static uint32_t serve_read(struct ix_pump *pump, const struct fuse_in_header *he
 	}
 	if (!(node->flags & IX_NODE_READ))
 		return 0;
+	if (is_at_end(pump, in)) {
+		answer(pump, head->unique, 0, NULL, 0);
+		return 1;
+	}
 	if (node->kept >= 0 && serve_kept(pump, head, in, node))
 		return 1;
 	if (envoy->waiting || ix_pump_now_ns() < envoy->long_way_until)
 		return 0;
-	if (pump->ends[slot].handle == in->fh) {
-		pump->ends[slot].handle = 0;
-		if (pump->ends[slot].end == in->offset) {
-			answer(pump, head->unique, 0, NULL, 0);
-			return 1;
-		}
-	}
 	pump->seq = (pump->seq + 1) | OUR_SEQ;
 	pump->out.head = (struct request){.seq = pump->seq, .op = OP_READ, .base = node->base, .path_len = node->path_len,
 					  .size = in->size < DATA_MAX ? in->size : DATA_MAX, .offset = in->offset,
@@ -414,10 +427,8 @@ static uint32_t serve_read(struct ix_pump *pump, const struct fuse_in_header *he
 	}
 	if (n > in->size)
 		n = in->size;
-	if (!pump->in.head.error && n > 0 && n < in->size) {
-		pump->ends[slot].handle = in->fh;
-		pump->ends[slot].end = in->offset + (uint64_t)n;
-	}
+	if (!pump->in.head.error)
+		note_end(pump, in, (size_t)n);
 	answer(pump, head->unique, pump->in.head.error, pump->in.data, pump->in.head.error ? 0 : (size_t)n);
 	if (keeps && passed >= 0)
 		keep(pump, node, &passed);
@@ -461,44 +472,40 @@ static bool others_wait(int others)
 	return poll(&p, 1, 0) > 0;
 }
 
-/* read(2). To sleep and to be woken costs more than what is asked for next, which nearly always comes at once. */
-static ssize_t take(const struct ix_pump *pump, void *buffer, size_t size, bool spin)
-{
-	int64_t until = spin ? ix_pump_now_ns() + SPIN_US * 1000 : 0;
-	ssize_t n;
-	do
-		n = read(pump->device, buffer, size);
-	while (n < 0 && errno == EAGAIN && spin && ix_pump_now_ns() < until);
-	return n;
-}
-
-/* After an open comes a read: going through all that the caller watches in between would take as long as both. */
-static bool more_soon(const struct ix_pump *pump, int others)
+/* Sleeps until there is a request, others want a turn, or the time has come (CLOCK_MONOTONIC ns; < 0: never). Whether it
+ * is the first. (Not to sleep, but to look again for some microseconds, is a little faster on an idle machine and takes
+ * twice as long on a busy one: whoever asked may wait for this very processor.) */
+static bool await(const struct ix_pump *pump, int others, int64_t until)
 {
 	struct pollfd p[] = {{.fd = pump->device, .events = POLLIN}, {.fd = others, .events = POLLIN}};
-	struct timespec linger = {.tv_nsec = LINGER_US * 1000};
-	return ppoll(p, 2, &linger, NULL) > 0 && p[0].revents;
+	int64_t left = until < 0 ? 0 : until - ix_pump_now_ns();
+	struct timespec patience = {.tv_sec = left / 1000000000, .tv_nsec = left % 1000000000};
+	if (left < 0)
+		return false;
+	return ppoll(p, 2, until < 0 ? NULL : &patience, NULL) > 0 && p[0].revents;
 }
 
-/* The next request that is not answered here: its length, or -errno (-EAGAIN: none now, or others should have their
- * turn). `others` becomes readable when something else needs the caller, an epoll instance. *asked: 0, or the number
- * under which the envoy of that READ has been asked and still owes the answer. */
-int ix_pump_receive(struct ix_pump *pump, int others, void *buffer, size_t size, uint32_t *asked)
+/* The next request that is not answered here: its length, or -errno (-EAGAIN: none until then, or others should have
+ * their turn). `others` becomes readable when something else needs the caller, an epoll instance; `wait_ns`: how long to
+ * wait for one, < 0: for ever. *asked: 0, or the number under which the envoy of that READ has been asked and still owes
+ * the answer. */
+int ix_pump_receive(struct ix_pump *pump, int others, int64_t wait_ns, void *buffer, size_t size, uint32_t *asked)
 {
-	bool served = false;
+	int64_t until = wait_ns > 0 ? ix_pump_now_ns() + wait_ns : wait_ns;
 	for (int i = 0; i < BATCH * BATCHES; i++) {
 		if (i % BATCH == BATCH - 1 && others_wait(others))
 			break;
-		ssize_t n = take(pump, buffer, size, served);
+		ssize_t n = read(pump->device, buffer, size);
 		if (n < 0 && (errno == EINTR || errno == ENOENT))
 			continue;                /* interrupted before we saw it */
-		if (n < 0 && errno == EAGAIN && served && more_soon(pump, others))
-			continue;
-		if (n < 0)
+		if (n < 0 && errno != EAGAIN)
 			return -errno;
+		if (n < 0 && !(wait_ns && await(pump, others, until)))
+			break;
+		if (n < 0)
+			continue;
 		uint32_t done = serve(pump, buffer, (size_t)n);
-		served = done == 1;
-		if (served)
+		if (done == 1)
 			continue;
 		*asked = done;
 		return (int)n;

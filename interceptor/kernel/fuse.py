@@ -35,13 +35,14 @@ class Pump:
         self._size = len(buffer)
         self._asked = ffi.new("uint32_t *")
 
-    def receive(self, others: int) -> tuple[int, int] | None:
+    def receive(self, others: int, wait_s: float) -> tuple[int, int] | None:
         """Length of the next request for us, and the number under which an envoy has been asked for it, or 0.
 
-        None if there is none now, or if ``others``, an epoll instance, is ready. Raises `SyscallError`: ENODEV once
-        unmounted.
+        None if there is none for ``wait_s`` seconds (negative: however long that takes), or if ``others``, an epoll
+        instance, is ready. Raises `SyscallError`: ENODEV once unmounted.
         """
-        length = lib.ix_pump_receive(self._pump, others, self._buffer, self._size, self._asked)
+        wait_ns = int(wait_s * 1e9)
+        length = lib.ix_pump_receive(self._pump, others, wait_ns, self._buffer, self._size, self._asked)
         if length >= 0:
             return int(length), int(self._asked[0])
         if length == -errno.EAGAIN:

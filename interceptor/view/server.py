@@ -76,6 +76,8 @@ class Server:
         self._running = True
         self._orphaned = False
         self._begun = False
+        self._serves = False
+        """Whether requests are taken from the kernel: after `Begin`, until `HandOver`."""
         self._version = version()
         self._leaves_at: float | None = None
 
@@ -106,6 +108,9 @@ class Server:
                 self.stop()
                 return
             limit = self._leaves_at - now if limit < 0 else min(limit, self._leaves_at - now)
+        if self._serves:
+            self._session.receive(self._poll.fileno(), limit)
+            limit = 0.0
         for fd, events in self._poll.poll(limit):
             ready = self._ready.get(fd)
             if ready is not None:  # else closed by what was ready before it
@@ -118,7 +123,7 @@ class Server:
     def _hand_over(self) -> None:
         """Take nothing more, neither from the kernel nor of orders: a successor finds it there."""
         self._leaves_at = time.monotonic() + FAREWELL_S
-        self._unwatch(self._session.fileno())
+        self._serves = False
         self._unwatch(self._control.fileno())
 
     def _watch(self, fd: int, ready: Callable[[int], None]) -> None:
@@ -137,7 +142,7 @@ class Server:
             if inherited:
                 log.warning("taken_over", containers=len(self._view.containers), inodes=inherited)
                 self._session.take_over()
-            self._watch(self._session.fileno(), lambda _events: self._session.receive(self._poll.fileno()))
+            self._serves = True
             self._watch(self._control.fileno(), lambda _events: self._take_order())
         return encode_answer()
 

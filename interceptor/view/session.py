@@ -42,10 +42,6 @@ class Session:
         self._unmounted = unmounted
         self._waiting: dict[int, Task] = {}
 
-    def fileno(self) -> int:
-        """The device's descriptor."""
-        return self._device
-
     @property
     def is_busy(self) -> bool:
         """Whether something was read that is not answered yet."""
@@ -59,11 +55,14 @@ class Session:
             # A connection that nobody has answered INIT on yet, or Linux before 6.9.
             log.warning("requests_not_resent", error=str(error))
 
-    def receive(self, others: int) -> None:
-        """Take what is there and start on it, until ``others``, an epoll instance, is ready."""
+    def receive(self, others: int, wait_s: float) -> None:
+        """Take what is there and start on it, until ``others``, an epoll instance, is ready.
+
+        If nothing is there, wait for ``wait_s`` seconds; negative: for ever.
+        """
         for _ in range(_BATCH):
             try:
-                received = self.pump.receive(others)
+                received = self.pump.receive(others, wait_s)
             except OSError as error:
                 if error.errno != errno.ENODEV:
                     log.error("device_failed", error=str(error))
@@ -71,6 +70,7 @@ class Session:
                 return
             if received is None:
                 return
+            wait_s = 0.0  # what we begin may have a time limit
             length, asked = received
             self._start(wire.parse(self._buffer, length), asked)
 
