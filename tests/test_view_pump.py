@@ -16,6 +16,7 @@ import pytest
 
 from interceptor.view.filesystem import TABLE
 from interceptor.view.protocol import REPLY_MAX, Add, Base, Op, Remove
+from tests.robust.support import eventually
 from tests.view_support import SANDBOX_IDS, Sandbox, ViewProcess, forked, node, outcome, read, reap, write
 
 pytestmark = pytest.mark.root
@@ -69,14 +70,23 @@ class FalseEnvoy:
         self.theirs.close()
 
 
-def what_is_read(view: ViewProcess, box: Sandbox, handed_over: int) -> tuple[list[str], int]:
-    """Three reads by way of an envoy that hands this over, and how often it was asked."""
+def what_is_read(
+    view: ViewProcess, box: Sandbox, handed_over: int, until: str = ""
+) -> tuple[list[str], int, int]:
+    """Three reads by way of an envoy that hands this over, and how often it was asked: by the end, and for these.
+
+    Before that others until one says ``until``: only an envoy that answers at once hands anything over.
+    """
     envoy = FalseEnvoy(handed_over)
     try:
         ids = SANDBOX_IDS[0], SANDBOX_IDS[0]
         message = Add(box.name, *ids, box.created_ns, userns=box.userns, proc_mount=box.proc_mount)
         assert view.tell(message, [envoy.theirs.fileno()]) == {"ok": True}
-        return view.run(lambda: [read(node(f"proc/{WANTED}")) for _ in range(3)]), envoy.reads
+        path = node(f"proc/{WANTED}")
+        if until:
+            eventually(lambda: view.run(lambda: read(path)) == until, "a descriptor to be handed over")
+        before = envoy.reads
+        return view.run(lambda: [read(path) for _ in range(3)]), envoy.reads, envoy.reads - before
     finally:
         envoy.close()
 
@@ -85,7 +95,8 @@ def test_the_node_itself_is_read_without_the_envoy_from_then_on(view: ViewProces
     """Otherwise the next test would test nothing."""
     with open(f"/proc/self/fd/{box.proc.fileno()}/{WANTED}") as file:
         content = Path(f"/proc/{WANTED}").read_text()
-        assert what_is_read(view, box, file.fileno()) == (["said\n", content, content], 1)
+        said, asked, asked_then = what_is_read(view, box, file.fileno(), content)
+        assert (said, asked_then) == ([content] * 3, 0) and asked
 
 
 def another_node(box: Sandbox) -> int:
@@ -121,7 +132,7 @@ def test_nothing_else_that_an_envoy_hands_over_is_read(
     before = view.fds()
     fd = handed_over(box)
     try:
-        assert what_is_read(view, box, fd) == (["said\n"] * 3, 3)
+        assert what_is_read(view, box, fd) == (["said\n"] * 3, 3, 3)
     finally:
         for number in (fd, *held):
             os.close(number)

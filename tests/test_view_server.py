@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -198,6 +199,46 @@ def test_caller_that_is_killed_does_not_wait_for_a_stuck_envoy(
 def _blocked_in(pid: int) -> str:
     with open(f"/proc/{pid}/stack") as file:
         return file.read()
+
+
+def _state(pid: int) -> str:
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0]
+
+
+def _stat_under_signals(path: str) -> int:
+    """stat(2), which Python does not start again: what is read(2) of a signal here is EINTR there."""
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    signal.siginterrupt(signal.SIGUSR1, True)
+    return 0 if stat.S_ISREG(os.stat(path).st_mode) else 1
+
+
+def test_a_signal_that_does_not_end_its_caller_ends_no_operation(
+    sandboxes: Callable[[str], Sandbox],
+) -> None:
+    """procfs has no EINTR. A cgroup that is frozen interrupts a wait just as a signal with a handler does."""
+    server, box = ViewProcess("--envoy-timeout", "60"), sandboxes("box")
+    try:
+        server.add(box)
+        path = node("proc/sys/kernel/hostname", "box")
+        os.kill(box.envoy, signal.SIGSTOP)
+        os.waitpid(box.envoy, os.WUNTRACED)
+        pid = os.fork()
+        if pid == 0:
+            server.enter_namespace()
+            os._exit(_stat_under_signals(path))
+        deadline = time.monotonic() + WAIT_S
+        while "request_wait" not in _blocked_in(pid):
+            assert time.monotonic() < deadline, _blocked_in(pid)
+        os.kill(pid, signal.SIGUSR1)
+        while _state(pid) != "D":  # it has told the view, and waits on
+            assert _state(pid) != "Z" and time.monotonic() < deadline, _state(pid)
+        # Of two requests that are there, an interruption comes first.
+        assert server.run(lambda: read(node("proc/uptime", "box"))).endswith("\n")
+        os.kill(box.envoy, signal.SIGCONT)
+        assert reap(pid) == 0
+    finally:
+        server.stop()
 
 
 def test_envoy_that_talks_nonsense_is_dropped(

@@ -7,6 +7,7 @@ tables and numbers, never by names that a container gave: nothing here can come 
 from __future__ import annotations
 
 import os
+import signal
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -65,6 +66,14 @@ def parse_status(status: bytes, userns: int) -> Credentials:
         elif line.startswith(b"CapEff:"):
             capabilities = int(line[7:], 16)
     return Credentials(groups, capabilities, userns)
+
+
+def is_killed(status: bytes) -> bool:
+    """Whether SIGKILL is pending in a /proc/PID/status."""
+    return any(
+        line.startswith((b"SigPnd:", b"ShdPnd:")) and int(line[7:], 16) >> signal.SIGKILL - 1 & 1
+        for line in status.split(b"\n")
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +182,16 @@ class KernelHost:
             return NOBODY
         finally:
             os.close(fd)
+
+    def is_killed(self, pid: int) -> bool:
+        """Whether a thread that waits for us is about to end, by whichever signal: that has SIGKILL sent to each of its
+        process's threads (complete_signal in kernel/signal.c)."""
+        try:
+            fd = os.open(f"{pid}/status", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.proc)
+            with OwnedFd(fd):
+                return is_killed(os.read(fd, _STATUS_MAX))
+        except OSError:
+            return True
 
     @property
     def proc(self) -> int:

@@ -68,7 +68,7 @@ class Server:
         self._time_limit_s = time_limit_s
         ledger = Ledger(os.path.join(state, "inodes")) if state is not None else None
         self._view = View(host, TABLE, InodeTable(ledger))
-        self._session = Session(device, host.proc, self._view, self.stop)
+        self._session = Session(device, host, self._view, self.stop)
         self._poll = select.epoll()
         self._ready: dict[int, Callable[[int], None]] = {}
         self._asked: set[Envoy] = set()

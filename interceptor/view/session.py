@@ -15,6 +15,7 @@ from collections.abc import Callable
 from interceptor.kernel.fuse import Pump
 from interceptor.view import wire
 from interceptor.view.filesystem import View
+from interceptor.view.host import KernelHost
 from interceptor.view.log import Logger
 from interceptor.view.tasks import Task
 from interceptor.view.wire import Opcode, Request
@@ -28,19 +29,18 @@ _BATCH = 64
 class Session:
     """Serves one connection."""
 
-    def __init__(self, device: int, proc: int, view: View, unmounted: Callable[[], None]) -> None:
-        """Takes over the descriptor; ``proc`` is one of the host's procfs.
-
-        ``unmounted`` is called when there is nothing more to serve.
-        """
+    def __init__(self, device: int, host: KernelHost, view: View, unmounted: Callable[[], None]) -> None:
+        """Takes over the descriptor. ``unmounted`` is called when there is nothing more to serve."""
         os.set_blocking(device, False)
         self._device = device
         self._buffer = bytearray(wire.BUFFER_SIZE)
-        self.pump = Pump(device, proc, time.clock_gettime_ns(time.CLOCK_BOOTTIME), self._buffer)
+        self.pump = Pump(device, host.proc, time.clock_gettime_ns(time.CLOCK_BOOTTIME), self._buffer)
         view.use(self.pump)
+        self._host = host
         self._view = view
         self._unmounted = unmounted
-        self._waiting: dict[int, Task] = {}
+        self._waiting: dict[int, tuple[Task, int]] = {}
+        """By the request's number, with who asked."""
 
     @property
     def is_busy(self) -> bool:
@@ -93,7 +93,7 @@ class Session:
             task = Task(handler.__name__, operation, finish)
             task.run()
             if task.waiting is not None:
-                self._waiting[unique] = task
+                self._waiting[unique] = task, request.pid
 
     def _special(self, request: Request) -> None:
         """What is no operation on a node."""
@@ -113,9 +113,17 @@ class Session:
                 self._send(wire.refusal(request.unique, errno.ENOSYS))
 
     def _interrupt(self, unique: int) -> None:
-        """A caller got a signal. What may take effect is waited for all the same, until its envoy's time limit."""
-        task = self._waiting.get(unique)
-        if task is not None and task.waiting is not None and task.name != "write":
+        """A caller got a signal. It ends the wait of who ends by it, as nobody else's in procfs, which is never EINTR.
+
+        What may take effect is waited for all the same, until its envoy's time limit.
+        """
+        task, pid = self._waiting.get(unique, (None, 0))
+        if (
+            task is not None
+            and task.waiting is not None
+            and task.name != "write"
+            and self._host.is_killed(pid)
+        ):
             task.waiting.settle(errno.EINTR)
 
     def _send(self, answer: bytes) -> None:
