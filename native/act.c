@@ -465,6 +465,7 @@ static void strip_own_mounts(uint64_t root_id)
 static struct ix_reply bind_in_namespace(struct ix_call *call, int source)
 {
 	struct ix_stat st;
+	uint64_t below;
 	int plain = ix_open_tree(source, "", OPEN_TREE_CLONE | AT_EMPTY_PATH);
 	if (plain != -EINVAL) {
 		ix_close_fd(&plain);
@@ -478,6 +479,8 @@ static struct ix_reply bind_in_namespace(struct ix_call *call, int source)
 		return ix_let_kernel_run("a clone that cannot be made private: EINVAL is the kernel's");
 	if (!S_ISDIR(call->target_stat.mode))
 		return ix_deny(ENOTDIR);
+	if (ix_see_below(call->target_stat.mnt_id, 0, &below, 1) < 0)
+		return ix_let_kernel_run("a mount table that cannot be read, and what to strip with it: EINVAL is the kernel's");
 	if (!begin(call, IX_ACT_ATTACH, 0, st.mnt_id))
 		return ix_deny(EINTR);
 	int r = ix_move_mount(tree, "", call->target, "", EFFECT_FLAGS);

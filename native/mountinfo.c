@@ -215,24 +215,49 @@ int ix_mountinfo_look(int mountinfo, uint64_t mnt_id, uint64_t mask, void *buf, 
 	return -ENOENT;
 }
 
+enum known { UNKNOWN, BELOW, ELSEWHERE };
+
+/* Looked up by ID, in slots of which half are free; and what is known of each mount, so that it is found out once. */
 struct table {
 	int count;
 	uint32_t id[MOUNTS_MAX], parent[MOUNTS_MAX];
+	uint16_t slot[2 * MOUNTS_MAX];   /* 1 + the index; 0: free */
+	uint8_t known[MOUNTS_MAX];
 };
 
-static bool is_below(const struct table *t, int i, uint64_t mnt_id)
+static uint16_t *slot_of(struct table *t, uint32_t id)
 {
-	for (int steps = 0; steps < t->count; steps++) {
-		if (t->parent[i] == mnt_id)
-			return true;
-		int up = 0;
-		while (up < t->count && t->id[up] != t->parent[i])
-			up++;
-		if (up == t->count || up == i)
-			return false;
-		i = up;
+	uint32_t at = id % (2 * MOUNTS_MAX);
+	while (t->slot[at] && t->id[t->slot[at] - 1] != id)
+		at = (at + 1) % (2 * MOUNTS_MAX);
+	return &t->slot[at];
+}
+
+static void add_mount(struct table *t, const struct line *line)
+{
+	t->id[t->count] = (uint32_t)line->id;
+	t->parent[t->count++] = (uint32_t)line->parent;
+	*slot_of(t, (uint32_t)line->id) = (uint16_t)t->count;
+}
+
+/* All that is passed on the way up is as high or low as what it leads to. */
+static bool is_below(struct table *t, int first, uint64_t mnt_id)
+{
+	uint8_t found = ELSEWHERE;
+	int i = first, up;
+	for (int steps = 0; steps < t->count; steps++, i = up) {
+		up = *slot_of(t, t->parent[i]) - 1;
+		if (t->known[i] != UNKNOWN)
+			found = t->known[i];
+		else if (t->parent[i] == mnt_id)
+			found = BELOW;
+		else if (up >= 0 && up != i)
+			continue;
+		break;
 	}
-	return false;
+	for (i = first; i >= 0 && t->known[i] == UNKNOWN; i = t->parent[i] == mnt_id ? -1 : *slot_of(t, t->parent[i]) - 1)
+		t->known[i] = found;
+	return found == BELOW;
 }
 
 int64_t ix_mountinfo_list(int mountinfo, uint64_t mnt_id, uint64_t last, uint64_t *ids, size_t count)
@@ -244,8 +269,7 @@ int64_t ix_mountinfo_list(int mountinfo, uint64_t mnt_id, uint64_t last, uint64_
 	while (read_line(&r, &line, &nowhere, &nowhere)) {
 		if (t.count == MOUNTS_MAX)
 			return -E2BIG;
-		t.id[t.count] = (uint32_t)line.id;
-		t.parent[t.count++] = (uint32_t)line.parent;
+		add_mount(&t, &line);
 	}
 	bool begun = last == 0;
 	size_t found = 0;

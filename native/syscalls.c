@@ -171,7 +171,8 @@ int ix_mntns_id(int fd, uint64_t *id)
 	if (r != -ENOTTY)
 		return r;
 	r = ix_result(fstat(fd, &st));
-	*id = IX_NS_BY_INODE | (uint64_t)st.st_ino;
+	if (r == 0)
+		*id = IX_NS_BY_INODE | (uint64_t)st.st_ino;
 	return r;
 }
 

@@ -282,12 +282,12 @@ def test_a_killed_warden_has_a_successor(gated: Gated, impatient: pytest.MonkeyP
 def test_no_warden_outlives_its_gatekeeper_and_none_disturbs_one_that_works(
     gated: Gated, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gatekeeper, "PATIENCE", 2.0)
+    monkeypatch.setattr(gatekeeper, "PATIENCE", 5.0)
     replace(gated, kill=True)
     (pid,) = gatekeepers(os.getpid())
     (warden,) = children(pid)
     # Events all the time, for longer than its patience.
-    end = time.monotonic() + 2.2 * gatekeeper.PATIENCE
+    end = time.monotonic() + 1.2 * gatekeeper.PATIENCE
     while time.monotonic() < end:
         gated.lower.read_text()
     assert gatekeepers(os.getpid()) == [pid]

@@ -21,7 +21,20 @@ from interceptor.kernel.namespaces import open_namespace, unshare
 from interceptor.kernel.whereabouts import BY_INODE, remember, within
 from interceptor.mounts.lineage import UNIQUE_FROM
 
-NAMES = [b"plain", b"a b", b"a\tb", b"a\nb", b"a\\b", b"a#b", b"\\040", b"\xc3\xa4\xff", b"d" * 250, b"stack"]
+NAMES = [
+    b"plain",
+    b"a b",
+    b"a\tb",
+    b"a\nb",
+    b"a\rb",
+    b"\v\x1c",
+    b"a\\b",
+    b"a#b",
+    b"\\040",
+    b"\xc3\xa4\xff",
+    b"d" * 250,
+    b"stack",
+]
 FLAGS = [0, 1, 2, 4, 8, 15, 256, 1024, 2048, 1 << 21, 1 << 24]
 
 

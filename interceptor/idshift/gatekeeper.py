@@ -120,6 +120,7 @@ class _Process:
                 for file in self._gate.waiting():
                     for root in self._containers[self._files[file]][:2] if file in self._files else ():
                         self._forget(root)
+                        self._progress.step()
                 self._progress.done()
             if self._socket.fileno() in ready and not self._obey():
                 return
@@ -173,7 +174,7 @@ class _Process:
 
 
 class _Progress:
-    """How many turns the gatekeeper has begun and done, in memory that both have, and what wakes the warden up."""
+    """How far the gatekeeper is, in memory that both have, and what wakes the warden up."""
 
     def __init__(self) -> None:
         self._counts = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
@@ -184,13 +185,17 @@ class _Progress:
         self._counts[0] += 1
         os.eventfd_write(self.bell.fileno(), 1)
 
+    def step(self) -> None:
+        """One filesystem is in step."""
+        self._counts[2] += 1
+
     def done(self) -> None:
         """Nobody waits that has been seen."""
         self._counts[1] = self._counts[0]
 
-    def now(self) -> tuple[int, int]:
-        """Begun, and done."""
-        return self._counts[0], self._counts[1]
+    def now(self) -> tuple[int, int, int]:
+        """Turns begun, turns done, steps."""
+        return self._counts[0], self._counts[1], self._counts[2]
 
     def heard(self) -> None:
         """The bell."""
@@ -233,8 +238,8 @@ def _watch_over(gatekeeper: int, gate: Gate, progress: _Progress) -> None:
         before, waiting = progress.now(), is_ready(gate)
         if is_ready(gatekeeper, PATIENCE):
             return
-        begun, done = now = progress.now()
-        # No turn since, although somebody waited to be seen, or the same turn still.
+        begun, done, _ = now = progress.now()
+        # No turn since, although somebody waited to be seen, or the same step still.
         if now == before and (begun != done or waiting):
             signal.pidfd_send_signal(gatekeeper, signal.SIGKILL)
             return

@@ -55,7 +55,9 @@ class MountStat(NamedTuple):
 
 def parse(text: bytes) -> dict[int, MountStat]:
     """The mounts of a mountinfo by ID, in its order. Raises `ValueError` where it is none."""
-    return {found.mnt_id: found for found in map(_mount, text.splitlines())}
+    # Not by splitlines(): the kernel leaves carriage returns as they are.
+    lines = text.removesuffix(b"\n").split(b"\n") if text else []
+    return {found.mnt_id: found for found in map(_mount, lines)}
 
 
 def _mount(line: bytes) -> MountStat:
