@@ -23,6 +23,9 @@ enum {
 	BUCKETS = 4096, ENDS = 1024, PATHS_MAX = 4095, DATA_MAX = 65536, OP_READ = 3,
 	PATIENCE_US = 500,                       /* for an envoy, while everybody waits */
 	SULK_NS = 10 * 1000 * 1000,              /* how long an envoy goes the long way after that */
+	SPIN_NS = 60 * 1000,                     /* for what follows a request that was served here */
+	HARM_MAX = 8,                            /* how much oftener than not it may keep somebody from asking */
+	SHY_NS = 50 * 1000 * 1000,               /* how long there is none after that */
 	BATCH = 64, BATCHES = 8,                 /* requests until others are looked for, and until they have a turn */
 	KEPT_MAX = 2048, KEEP = 1,
 };
@@ -81,6 +84,8 @@ struct ix_pump {
 	struct kept *kept;
 	int kept_count, hand;                    /* which one makes room next */
 	struct ix_pages *pages;
+	int64_t in_vain, shy_until;              /* when spinning was given up, or 0, and until when there is none */
+	int harm;                                /* how much oftener than not it kept somebody from asking */
 	struct { uint64_t handle, end; } ends[ENDS];   /* where a handle's last read came to the end */
 	struct { struct request head; char path[PATHS_MAX]; } out;
 	struct { struct reply head; char data[DATA_MAX]; } in;
@@ -472,17 +477,39 @@ static bool others_wait(int others)
 	return poll(&p, 1, 0) > 0;
 }
 
+/*
+ * read(2). To sleep and to be woken, mostly on another processor, costs more than what is asked for next, which nearly
+ * always comes at once: so after a request that was served it is looked for again and again.
+ */
+static ssize_t take(struct ix_pump *pump, void *buffer, size_t size, bool spin)
+{
+	int64_t now = spin ? ix_pump_now_ns() : 0, until = now < pump->shy_until ? 0 : now + SPIN_NS;
+	ssize_t n;
+	do
+		n = read(pump->device, buffer, size);
+	while (n < 0 && errno == EAGAIN && spin && (now = ix_pump_now_ns()) < until);
+	pump->in_vain = spin && until && n < 0 ? now : 0;
+	pump->harm -= spin && until && n >= 0 && pump->harm > 0;
+	return n;
+}
+
 /* Sleeps until there is a request, others want a turn, or the time has come (CLOCK_MONOTONIC ns; < 0: never). Whether it
- * is the first. (Not to sleep, but to look again for some microseconds, is a little faster on an idle machine and takes
- * twice as long on a busy one: whoever asked may wait for this very processor.) */
-static bool await(const struct ix_pump *pump, int others, int64_t until)
+ * is the first. Who asks as soon as we sleep has waited for our very processor while we span: then we do not, for a while,
+ * as on a busy machine that would take longer than to be woken. */
+static bool await(struct ix_pump *pump, int others, int64_t until)
 {
 	struct pollfd p[] = {{.fd = pump->device, .events = POLLIN}, {.fd = others, .events = POLLIN}};
 	int64_t left = until < 0 ? 0 : until - ix_pump_now_ns();
 	struct timespec patience = {.tv_sec = left / 1000000000, .tv_nsec = left % 1000000000};
 	if (left < 0)
 		return false;
-	return ppoll(p, 2, until < 0 ? NULL : &patience, NULL) > 0 && p[0].revents;
+	bool asked = ppoll(p, 2, until < 0 ? NULL : &patience, NULL) > 0 && p[0].revents;
+	int64_t now = pump->in_vain ? ix_pump_now_ns() : 0;
+	if (asked && now && now - pump->in_vain < SPIN_NS && ++pump->harm >= HARM_MAX) {
+		pump->harm /= 2;
+		pump->shy_until = now + SHY_NS;
+	}
+	return asked;
 }
 
 /* The next request that is not answered here: its length, or -errno (-EAGAIN: none until then, or others should have
@@ -492,10 +519,12 @@ static bool await(const struct ix_pump *pump, int others, int64_t until)
 int ix_pump_receive(struct ix_pump *pump, int others, int64_t wait_ns, void *buffer, size_t size, uint32_t *asked)
 {
 	int64_t until = wait_ns > 0 ? ix_pump_now_ns() + wait_ns : wait_ns;
+	bool served = false;
 	for (int i = 0; i < BATCH * BATCHES; i++) {
 		if (i % BATCH == BATCH - 1 && others_wait(others))
 			break;
-		ssize_t n = read(pump->device, buffer, size);
+		ssize_t n = take(pump, buffer, size, served);
+		served = false;
 		if (n < 0 && (errno == EINTR || errno == ENOENT))
 			continue;                /* interrupted before we saw it */
 		if (n < 0 && errno != EAGAIN)
@@ -505,7 +534,8 @@ int ix_pump_receive(struct ix_pump *pump, int others, int64_t wait_ns, void *buf
 		if (n < 0)
 			continue;
 		uint32_t done = serve(pump, buffer, (size_t)n);
-		if (done == 1)
+		served = done == 1;
+		if (served)
 			continue;
 		*asked = done;
 		return (int)n;
