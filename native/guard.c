@@ -10,7 +10,7 @@
 
 struct ix_guard_state ix_guard_state;
 
-enum { SLEEP_TRIES = 1000 };
+enum { SLEEP_TRIES = 1000, LOCK_TRIES = 4, FRESH_NS = 40000 };
 
 static struct ix_slot *slot_at(int i)
 {
@@ -333,12 +333,21 @@ static void end_call(struct ix_slot *slot)
 /*
  * A reply that meets the caller on its way out of an interrupted wait is thrown away, though SECCOMP_IOCTL_NOTIF_SEND
  * reports success (kernel/seccomp.c:seccomp_do_user_notification; with WAIT_KILLABLE_RECV only before Linux 6.17). A
- * caller that sleeps is not on its way; one that was woken is soon asleep or gone, and then the reply finds nobody.
+ * caller that sleeps is not on its way; one that was woken is soon asleep or gone, and then the reply finds nobody. One
+ * that sleeps uninterruptibly may do so on its way, for the listener's lock; for long only where it waits for the reply.
+ * What was seen before somebody else had this processor is not worth much by now: then once more.
  */
 static void await_sleep(const struct ix_call *call)
 {
-	for (int tries = 0; tries < SLEEP_TRIES && ix_is_running(call->tid) && ix_still_waiting(call); tries++)
-		sched_yield();
+	for (int tries = 0; tries < SLEEP_TRIES; tries++) {
+		uint64_t since = now_ns();
+		char state = ix_state_of(call->tid);
+		bool sleeps = state != 'R' && (state != 'D' || tries >= LOCK_TRIES);
+		if (sleeps ? now_ns() - since < FRESH_NS : !ix_still_waiting(call))
+			return;
+		if (!sleeps)
+			sched_yield();
+	}
 }
 
 static int ask_listener(const struct ix_call *call, unsigned long request, void *argument)
