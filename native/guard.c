@@ -10,7 +10,7 @@
 
 struct ix_guard_state ix_guard_state;
 
-enum { SLEEP_TRIES = 1000, LOCK_TRIES = 4, FRESH_NS = 40000 };
+enum { SLEEP_TRIES = 1000, LOCK_TRIES = 4, FRESH_NS = 10000 };
 
 static struct ix_slot *slot_at(int i)
 {
@@ -335,13 +335,15 @@ static void end_call(struct ix_slot *slot)
  * reports success (kernel/seccomp.c:seccomp_do_user_notification; with WAIT_KILLABLE_RECV only before Linux 6.17). A
  * caller that sleeps is not on its way; one that was woken is soon asleep or gone, and then the reply finds nobody. One
  * that sleeps uninterruptibly may do so on its way, for the listener's lock; for long only where it waits for the reply.
- * What was seen before somebody else had this processor is not worth much by now: then once more.
+ * Less time passes between look and reply than a woken caller needs to get there: the file is open before the look, and
+ * what was seen before somebody else had this processor is looked at once more.
  */
 static void await_sleep(const struct ix_call *call)
 {
+	cleanup_close int fd = ix_open_caller(ix_guard_state.proc, call->tid, "stat", O_RDONLY);
 	for (int tries = 0; tries < SLEEP_TRIES; tries++) {
 		uint64_t since = now_ns();
-		char state = ix_state_of(call->tid);
+		char state = ix_read_state(fd);
 		bool sleeps = state != 'R' && (state != 'D' || tries >= LOCK_TRIES);
 		if (sleeps ? now_ns() - since < FRESH_NS : !ix_still_waiting(call))
 			return;

@@ -136,7 +136,7 @@ int ix_slots_used(void);
 /* receive.c */
 int ix_start_receiver(struct ix_listener *listener, int slot, bool recover);
 int ix_start_watchdog(void);
-char ix_state_of(int tid);
+char ix_read_state(int stat_fd);
 /* Before a wait: somebody else receives from here on. */
 void ix_step_down(struct ix_call *call);
 void ix_release_listener(struct ix_listener *listener);

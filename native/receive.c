@@ -84,15 +84,20 @@ void ix_end_listener(struct ix_listener *l)
 
 /* ---- the watchdog: asleep while nothing is called ---------------------------------------------------------- */
 
-/* A thread's state as proc_pid_stat(5) has it: R for one that runs, or only waits for a processor. 0: it is gone. */
-char ix_state_of(int tid)
+/* The state in a thread's proc_pid_stat(5): R for one that runs, or only waits for a processor. 0: it is gone. */
+char ix_read_state(int stat_fd)
 {
 	char text[512];
-	cleanup_close int fd = ix_open_caller(ix_guard_state.proc, tid, "stat", O_RDONLY);
-	ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
+	ssize_t n = pread(stat_fd, text, sizeof(text) - 1, 0);
 	text[n < 0 ? 0 : n] = '\0';
 	const char *name_end = strrchr(text, ')');
 	return name_end && name_end[1] == ' ' ? name_end[2] : 0;
+}
+
+static bool is_running(int tid)
+{
+	cleanup_close int fd = ix_open_caller(ix_guard_state.proc, tid, "stat", O_RDONLY);
+	return ix_read_state(fd) == 'R';
 }
 
 /* Deposes leaders that have been stuck in one call for a whole tick. Returns whether anything was called since the last time. */
@@ -103,7 +108,7 @@ static bool look_around(int seen[IX_LISTENERS])
 		struct ix_listener *l = &ix_guard_state.listeners[i];
 		int turn = atomic_load(&l->turn);
 		/* One that runs is not stuck, and nobody else would be faster. */
-		if (turn == seen[i] && (turn & 1) && ix_state_of(atomic_load(&l->leader_tid)) != 'R' && end_turn(l, turn)) {
+		if (turn == seen[i] && (turn & 1) && !is_running(atomic_load(&l->leader_tid)) && end_turn(l, turn)) {
 			atomic_store(&l->wary, WARY_CALLS);
 			hand_on(l);
 		}

@@ -1,4 +1,11 @@
-"""Without WAIT_KILLABLE_RECV a signal breaks a trapped call off, and it is notified again: it must count once (I6)."""
+"""
+Without WAIT_KILLABLE_RECV a signal breaks a trapped call off, and it is notified again: it must count once (I6).
+
+Of a listener that is not WAIT_KILLABLE_RECV the kernel throws a reply away that meets the caller between the signal and
+the end of its wait, and reports it as sent: nothing can be seen of that from outside (kernel/seccomp.c), and the call
+that is made again then cannot be told from the thread's next one. `native/guard.c:await_sleep` makes that rare; here it
+is held to THROWN_AWAY. With WAIT_KILLABLE_RECV, and on a listener without signals, there is no such thing.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +14,7 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import pytest
@@ -22,6 +30,9 @@ from tests.robust.support import COPY, MNT_DETACH, MS_BIND, NEW, Truth, stack_at
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 T = TypeVar("T")
+
+#: At most one reply in so many handled calls under INTERVAL may be thrown away by the kernel: about one in 50,000 is.
+THROWN_AWAY = 500
 
 #: Handled calls of each run.
 CALLS = 2000
@@ -76,10 +87,12 @@ def _mixed_round(truth: Truth) -> None:
         truth.free()
 
 
-def _under_signals(restart: bool, calls: int, a_round: Callable[[Truth], None] = _round) -> Truth:
+def _under_signals(
+    restart: bool, calls: int, a_round: Callable[[Truth], None] = _round, *, killable: bool = False
+) -> Truth:
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.siginterrupt(signal.SIGALRM, not restart)
-    truth = Truth()
+    truth = Truth(twice=None if killable else [])
     truth.prepare()
     before, originals, opened = support.table(), inside.originals(), support.descriptors(os.getpid())
     signal.setitimer(signal.ITIMER_REAL, INTERVAL, INTERVAL)
@@ -110,9 +123,11 @@ def test_a_call_under_a_storm_of_signals_counts_once(
         assert isinstance(truth, Truth)
         stats = daemon.request("stats", id=child.cid)
         print(
-            f"{truth.calls} calls, {truth.interrupted} of them EINTR, {stats['lost']} replies came too late"
+            f"{truth.calls} calls, {truth.interrupted} of them EINTR, {stats['lost']} replies came too late, "
+            f"thrown away: {truth.twice}"
         )
         assert truth.wrong == []
+        assert len(truth.twice or []) <= calls // THROWN_AWAY, truth.twice
         assert truth.calls >= calls
         # It was tried.
         assert stats["lost"] > 10
@@ -126,12 +141,15 @@ def test_of_mixed_calls_under_a_storm_of_signals_each_tells_the_truth(
 ) -> None:
     """As Go programs live, whose runtime preempts threads by a signal."""
     with daemon.spawn(wait_killable=killable) as child:
-        truth = child.run(_under_signals, restart, MIXED, _mixed_round, timeout=900).value
+        truth = child.run(
+            partial(_under_signals, killable=killable), restart, MIXED, _mixed_round, timeout=900
+        ).value
         assert isinstance(truth, Truth)
         stats = daemon.request("stats", id=child.cid)
         outcomes = {name: stats["latency_us"][name]["count"] for name in ("continued", "denied", "handled")}
         print(f"{truth.calls} calls, {truth.interrupted} EINTR, {stats['lost']} replies too late, {outcomes}")
         assert truth.wrong == []
+        assert len(truth.twice or []) <= outcomes["handled"] // THROWN_AWAY, truth.twice
         assert truth.calls >= MIXED
         assert outcomes["handled"] > MIXED // 20
 
