@@ -56,6 +56,7 @@ bool ix_has_mounts_below(struct ix_call *call, uint64_t mnt_id)
 static bool begin(struct ix_call *call, uint32_t act, uint64_t gone_id, uint64_t there_id)
 {
 	struct ix_slot *slot = call->slot;
+	ix_settle(call);
 	if (!ix_still_wanted(call))
 		return false;
 	slot->act = act;

@@ -4,8 +4,10 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/utsname.h>
 #include <time.h>
 
 struct ix_guard_state ix_guard_state;
@@ -330,9 +332,47 @@ static void end_call(struct ix_slot *slot)
 	pthread_mutex_unlock(&g->turn_lock);
 }
 
+static int ask_listener(const struct ix_call *call, unsigned long request, void *argument)
+{
+	int r;
+	do
+		r = ix_result(ioctl(call->listener->fd, request, argument));
+	while (r == -EINTR);
+	return r;
+}
+
+/*
+ * Linux 5.19 to 6.16: a caller with WAIT_KILLABLE_RECV that slept before its call was received wakes up at one signal
+ * more, which can meet the reply. It lies down anew, for good, when it was handed a descriptor; even one that has no
+ * place: newfd is more than fs.nr_open can be, so that it fails with EBADF (kernel/seccomp.c:should_sleep_killable,
+ * fs/file.c:replace_fd).
+ */
+void ix_settle(const struct ix_call *call)
+{
+	struct seccomp_notif_addfd add = {
+		.id = call->id,
+		.flags = SECCOMP_ADDFD_FLAG_SETFD,
+		.srcfd = (uint32_t)ix_guard_state.pebble,
+		.newfd = INT_MAX,
+		.newfd_flags = O_CLOEXEC,
+	};
+	if (ix_guard_state.pebble >= 0)
+		ask_listener(call, SECCOMP_IOCTL_NOTIF_ADDFD, &add);
+}
+
+/* What ix_settle throws: nothing where the kernel needs none. */
+static int make_pebble(void)
+{
+	struct utsname kernel;
+	unsigned int major, minor;
+	if (uname(&kernel) < 0 || sscanf(kernel.release, "%u.%u", &major, &minor) != 2)
+		major = minor = 0;
+	return major > 6 || (major == 6 && minor >= 17) ? -1 : eventfd(0, EFD_CLOEXEC);
+}
+
 /*
  * A reply that meets the caller on its way out of an interrupted wait is thrown away, though SECCOMP_IOCTL_NOTIF_SEND
- * reports success (kernel/seccomp.c:seccomp_do_user_notification; with WAIT_KILLABLE_RECV only before Linux 6.17). A
+ * reports success (kernel/seccomp.c:seccomp_do_user_notification), unless it has WAIT_KILLABLE_RECV and is settled. A
  * caller that sleeps is not on its way; one that was woken is soon asleep or gone, and then the reply finds nobody. One
  * that sleeps uninterruptibly may do so on its way, for the listener's lock; for long only where it waits for the reply.
  * Less time passes between look and reply than a woken caller needs to get there: the file is open before the look, and
@@ -350,15 +390,6 @@ static void await_sleep(const struct ix_call *call)
 		if (!sleeps)
 			sched_yield();
 	}
-}
-
-static int ask_listener(const struct ix_call *call, unsigned long request, void *argument)
-{
-	int r;
-	do
-		r = ix_result(ioctl(call->listener->fd, request, argument));
-	while (r == -EINTR);
-	return r;
 }
 
 /*
@@ -471,6 +502,7 @@ int ix_guard(int link_fd, int journal_fd, int proc_fd, const struct ix_guard_con
 	if (g->home < 0 || g->journal == MAP_FAILED || ix_statx(g->home, "", AT_EMPTY_PATH, &home) < 0)
 		return -1;
 	g->ids_return = !home.unique;
+	g->pebble = make_pebble();
 	close(journal_fd);
 	/* Those that a predecessor waited for. */
 	__atomic_store_n(&g->journal->waiting, 0, __ATOMIC_RELAXED);

@@ -45,6 +45,7 @@ struct ix_guard_state {
 	struct ix_guard_config config;
 	int link, proc, home;          /* home: the guard's own, empty mount namespace */
 	bool ids_return;               /* IDs of mounts are used again: before Linux 6.8 */
+	int pebble;                    /* an eventfd for ix_settle; -1 from Linux 6.17 on */
 	struct ix_journal *journal;
 	struct ix_listener listeners[IX_LISTENERS];
 	struct ix_question questions[IX_SLOTS];
@@ -126,6 +127,7 @@ static inline struct ix_reply ix_deny(int error)
 /* guard.c */
 int ix_guard(int link_fd, int journal_fd, int proc_fd, const struct ix_guard_config *config);
 bool ix_still_waiting(const struct ix_call *call);
+void ix_settle(const struct ix_call *call);
 bool ix_still_wanted(struct ix_call *call);
 /* Asks the daemon; false if there was no answer in time. The caller closes answer_fd. */
 bool ix_question(struct ix_call *call, struct ix_ask *ask, const int *fds, int fd_count);

@@ -9,6 +9,7 @@ is held to THROWN_AWAY. With WAIT_KILLABLE_RECV, and on a listener without signa
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import random
@@ -39,6 +40,16 @@ CALLS = 2000
 
 #: Seconds between two signals: about as long as a handled call takes, so that they hit any part of one.
 INTERVAL = 0.001
+
+
+#: personality(2): uname(2) says 2.6.N to this process and all that it starts.
+_UNAME26 = 0x0020000
+
+
+def _personality(persona: int) -> int:
+    """Sets this process's; returns what it was."""
+    former: int = ctypes.CDLL(None).personality(persona)
+    return former
 
 
 def _again(call: Callable[[], T]) -> T:
@@ -220,3 +231,41 @@ def test_a_caller_that_changes_namespaces_before_it_calls_again(daemon: Intercep
         print(f"{calls} calls, {changes} changes of namespace")
         assert (changes, wrong) == (CHANGES, [])
         assert child.call(inside.originals) == before
+
+
+def _switches() -> int:
+    """How often this thread has gone to sleep."""
+    with open("/proc/thread-self/status", encoding="ascii", errors="replace") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("voluntary_ctxt_switches"))
+
+
+def _sleeps_of_an_effect() -> int:
+    """How often a caller sleeps while its call is handled: the median of many."""
+    Truth().prepare()
+    sleeps = []
+    for _ in range(41):
+        before = _switches()
+        assert inside.try_mount(b"x", NEW, b"proc") == 0
+        sleeps.append(_switches() - before)
+        assert inside.try_umount(NEW, MNT_DETACH) == 0
+    return sorted(sleeps)[len(sleeps) // 2]
+
+
+def test_before_linux_6_17_a_caller_lies_down_anew_before_an_effect(
+    leak_check: None, daemon: Interceptor
+) -> None:
+    """Then only a signal that kills wakes it up, and none meets the reply. The kernel says that it is an older one."""
+    release = tuple(int(part) for part in os.uname().release.split(".")[:2])
+    with daemon.spawn() as child:
+        assert child.call(_sleeps_of_an_effect) == (1 if release >= (6, 17) else 2)
+    former = _personality(_UNAME26)
+    try:
+        with Interceptor(question_timeout=60.0) as old, old.spawn() as child:
+            assert child.call(_sleeps_of_an_effect) == 2
+            truth = child.run(
+                partial(_under_signals, killable=True), False, CALLS, _mixed_round, timeout=120
+            ).value
+            assert isinstance(truth, Truth)
+            assert truth.wrong == []
+    finally:
+        _personality(former)
