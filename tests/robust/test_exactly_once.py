@@ -32,8 +32,9 @@ pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 T = TypeVar("T")
 
-#: At most one reply in so many handled calls under INTERVAL may be thrown away by the kernel: about one in 50,000 is.
-THROWN_AWAY = 500
+#: Replies of one run that the kernel may throw away; about one in 50,000 handled calls under INTERVAL is. If it were
+#: ours, it would be each of the hundred or more that come too late.
+THROWN_AWAY = 1
 
 #: Handled calls of each run.
 CALLS = 2000
@@ -138,7 +139,7 @@ def test_a_call_under_a_storm_of_signals_counts_once(
             f"thrown away: {truth.twice}"
         )
         assert truth.wrong == []
-        assert len(truth.twice or []) <= calls // THROWN_AWAY, truth.twice
+        assert len(truth.twice or []) <= THROWN_AWAY, truth.twice
         assert truth.calls >= calls
         # It was tried.
         assert stats["lost"] > 10
@@ -160,7 +161,7 @@ def test_of_mixed_calls_under_a_storm_of_signals_each_tells_the_truth(
         outcomes = {name: stats["latency_us"][name]["count"] for name in ("continued", "denied", "handled")}
         print(f"{truth.calls} calls, {truth.interrupted} EINTR, {stats['lost']} replies too late, {outcomes}")
         assert truth.wrong == []
-        assert len(truth.twice or []) <= outcomes["handled"] // THROWN_AWAY, truth.twice
+        assert len(truth.twice or []) <= THROWN_AWAY, truth.twice
         assert truth.calls >= MIXED
         assert outcomes["handled"] > MIXED // 20
 
