@@ -349,6 +349,7 @@ struct ix_guard_config {
 };
 
 /* Both run in a child just forked by the spawner and never return: they keep only the descriptors named. */
+int ix_leave_mounts(const char *directory);
 void ix_become_guard(int userns_fd, int proc_fd, int link_fd, int journal_fd, const struct ix_guard_config *config);
 /* ns_fds: user, network, IPC and UTS namespace. pidfd: of a process with whose end the envoy ends, whoever else is
  * left; -1: none. */

@@ -2,6 +2,9 @@
  * The nursery: guards and envoys are forked from it. It is itself forked from the keeper, which is Python and writes to
  * most of its pages sooner or later, if only to count references: a child would be left with the old ones as its own, a
  * megabyte each. This process writes to none of them, so all that are forked from it share them with it.
+ *
+ * It has an empty mount namespace: what is forked from it copies that before it makes its own, and the workshop's has
+ * mounts of every container.
  */
 #include "guard.h"
 
@@ -10,6 +13,11 @@
 #include <sys/wait.h>
 
 enum { CHILD_FDS = 12 };
+
+/* Where the nursery comes from, and cloners go back to. */
+struct origin {
+	int mounts, root;
+};
 
 static bool answer(int sock, int pid, int pidfd)
 {
@@ -91,22 +99,24 @@ static void clone_parts(int sock)
 	sendmsg(sock, &msg, MSG_NOSIGNAL);
 }
 
-static void become_cloner(int sock)
+static void become_cloner(int sock, const struct origin *workshop)
 {
+	if (setns(workshop->mounts, CLONE_NEWNS) < 0 || fchdir(workshop->root) < 0 || chroot(".") < 0)
+		_exit(71);
 	int keep = dup2(sock, 3);
 	ix_close_range(4, ~0U);
 	clone_parts(keep);
 	_exit(0);
 }
 
-static void become(const struct ix_birth *birth, const int *fds, int count, int proc)
+static void become(const struct ix_birth *birth, const int *fds, int count, int proc, const struct origin *workshop)
 {
 	if (birth->kind == IX_BIRTH_GUARD && count == 3)
 		ix_become_guard(fds[0], proc, fds[1], fds[2], &birth->config);
 	if (birth->kind == IX_BIRTH_ENVOY && count > 4)
 		ix_become_envoy(fds + 4, count - 4, fds[0], fds[1], fds[2], fds[3]);
 	if (birth->kind == IX_BIRTH_CLONER && count == 1)
-		become_cloner(fds[0]);
+		become_cloner(fds[0], workshop);
 	_exit(70);
 }
 
@@ -114,6 +124,15 @@ int ix_nursery(int sock, int proc)
 {
 	struct ix_birth birth;
 	int fds[CHILD_FDS], count;
+	const struct origin workshop = {
+		.mounts = ix_result(openat(proc, "thread-self/ns/mnt", O_RDONLY | O_CLOEXEC)),
+		.root = ix_result(open("/", O_PATH | O_DIRECTORY | O_CLOEXEC)),
+	};
+	if (workshop.mounts < 0 || workshop.root < 0)
+		return -errno;
+	/* What jails of its children are mounted on. */
+	if (ix_leave_mounts("proc") < 0)
+		return -errno;
 	prctl(PR_SET_NAME, "interceptor-nur", 0, 0, 0);
 	for (;;) {
 		ssize_t n = receive(sock, &birth, fds, &count);
@@ -123,7 +142,7 @@ int ix_nursery(int sock, int proc)
 		signal(SIGCHLD, SIG_DFL);
 		int pid = n == sizeof(birth) ? fork() : -1;
 		if (pid == 0)
-			become(&birth, fds, count, proc);
+			become(&birth, fds, count, proc, &workshop);
 		int failure = n == sizeof(birth) ? errno : EBADMSG;
 		cleanup_close int pidfd = pid < 0 ? -1 : ix_result(syscall(SYS_pidfd_open, pid, 0));
 		signal(SIGCHLD, SIG_IGN);

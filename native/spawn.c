@@ -51,19 +51,28 @@ static void become_container_root(int userns_fd)
 		_exit(EXIT_IDENTITY);
 }
 
-/*
- * A mount namespace of its own, owned by the container's user namespace, with nothing in it but an empty, read-only
- * tmpfs: no host path is in reach, and a guard's threads that visited a caller's namespace can come back to it.
- */
-static void jail(void)
+/* A mount namespace of its own, with nothing in it but an empty, read-only tmpfs; with a directory, if it has a name. */
+int ix_leave_mounts(const char *directory)
 {
 	if (unshare(CLONE_NEWNS) < 0 || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0 ||
 	    mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0)
-		_exit(EXIT_JAIL);
+		return -1;
 	/* /proc exists on every host; the tmpfs covers it for us alone. */
 	if (mount("jail", "/proc", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "size=4k,nr_inodes=2,mode=0555") < 0 ||
-	    chdir("/proc") < 0 || ix_pivot_root(".", ".") < 0 || umount2(".", MNT_DETACH) < 0 || chdir("/") < 0 ||
+	    chdir("/proc") < 0 || (directory && mkdir(directory, 0555) < 0) || ix_pivot_root(".", ".") < 0 ||
+	    umount2(".", MNT_DETACH) < 0 || chdir("/") < 0 ||
 	    mount(NULL, "/", NULL, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL) < 0)
+		return -1;
+	return 0;
+}
+
+/*
+ * The container's user namespace owns this one: no host path is in reach, and a guard's threads that visited a caller's
+ * namespace can come back to it.
+ */
+static void jail(void)
+{
+	if (ix_leave_mounts(NULL) < 0)
 		_exit(EXIT_JAIL);
 }
 
