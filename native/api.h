@@ -348,8 +348,9 @@ struct ix_guard_config {
 	uint32_t protect_immutable;            /* the daemon decides about lazy unmounts */
 };
 
-/* Both run in a child just forked by the spawner and never return: they keep only the descriptors named. */
+/* Enters a mount namespace of its own, with an empty tmpfs in it that has that directory, if any; -1, errno. */
 int ix_leave_mounts(const char *directory);
+/* Both run in a child just forked by the spawner and never return: they keep only the descriptors named. */
 void ix_become_guard(int userns_fd, int proc_fd, int link_fd, int journal_fd, const struct ix_guard_config *config);
 /* ns_fds: user, network, IPC and UTS namespace. pidfd: of a process with whose end the envoy ends, whoever else is
  * left; -1: none. */
