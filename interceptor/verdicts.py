@@ -8,7 +8,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from interceptor.ahead import Ahead
 from interceptor.containers.registry import Container
@@ -73,15 +73,23 @@ class Scene:
             found = self.mount(found.parent_id)
         return chain
 
-    def below(self, mnt_id: int) -> list[MountStat]:
-        """Every mount below one; none where that has gone, or the namespace has ended."""
+    def below(
+        self, mnt_id: int, pick: stat.Pick | None = None, points: Iterable[bytes] = ()
+    ) -> Iterator[MountStat]:
+        """Every mount below one, or those picked and maybe others; none where that has gone, or the namespace ended."""
         try:
-            ids = stat.listmount(mnt_id, self.namespace)
+            ids = stat.listmount(mnt_id, self.namespace, pick, points)
         except SyscallError as error:
             if error.errno != errno.ENOENT:
                 raise
-            return []
-        return [m for m in map(self.mount, ids) if m is not None]
+            return
+        for found in map(self.mount, ids):
+            if found is not None:
+                yield found
+
+    def bases_below(self, mnt_id: int) -> Iterator[MountStat]:
+        """The bases among them."""
+        return (m for m in self.below(mnt_id, stat.Pick.BASES) if is_base(m))
 
 
 class Answerer:
@@ -225,7 +233,7 @@ class Answerer:
             return Circumstances(reaching, holds, own, self._protect_immutable)
         if request is Request.DETACH and kind in (MountClass.FREE, MountClass.IMMUTABLE):
             # A lazy unmount takes everything below along, and by propagation what stands at its places elsewhere.
-            below = [scene.chain(m.mnt_id) for m in scene.below(chain[0].mnt_id) if is_base(m)]
+            below = [scene.chain(m.mnt_id) for m in scene.bases_below(chain[0].mnt_id)]
             return Circumstances(
                 _reaches_original(container, scene, below), holds, protect_immutable=self._protect_immutable
             )
@@ -282,17 +290,21 @@ def _is_nested(container: Container, namespace: OwnedFd) -> bool:
 
 def _welded_on(container: Container, scene: Scene, base: MountStat) -> list[MountStat]:
     """The welded submounts of a base; not those of copies that the container mounted on top of it."""
-    return [m for m in scene.below(base.mnt_id) if _base_of(container, scene, m) == base.mnt_id]
+    inside, top = base.root.strip(b"/"), base.point.rstrip(b"/")
+    paths = container.baseline.plan.paths(base.fstype)
+    below = [p for p in paths if not inside or p.startswith(inside + b"/")]
+    points = [b"%s/%s" % (top, p.removeprefix(inside).strip(b"/")) for p in below]
+    standing = scene.below(base.mnt_id, stat.Pick.POINTS, points)
+    return [m for m in standing if _base_of(container, scene, m) == base.mnt_id]
 
 
 def _holds_original(container: Container, scene: Scene, chain: list[MountStat]) -> bool:
     """Whether an original base stands below ``chain[0]``; not of the root of a mount namespace, which is locked."""
     if chain[0].point == b"/" and not any(m.point == b"/" for m in chain[1:]):
         return False
-    bases = (m for m in scene.below(chain[0].mnt_id) if is_base(m))
     return any(
         classify(scene.chain(m.mnt_id), container.baseline, scene.namespace) is MountClass.ORIGINAL_BASE
-        for m in bases
+        for m in scene.bases_below(chain[0].mnt_id)
     )
 
 
@@ -341,7 +353,7 @@ def _originals(
     for cloned in (scene, *others):
         if cloned.namespace == baseline.namespace:
             continue
-        for base in (m for m in cloned.below(stat.LSMT_ROOT) if is_base(m)):
+        for base in cloned.bases_below(stat.LSMT_ROOT):
             chain = cloned.chain(base.mnt_id)
             if len(chain) > 1 and classify(chain, baseline, cloned.namespace) is MountClass.ORIGINAL_BASE:
                 found.append((chain[0], chain[1]))
@@ -355,7 +367,7 @@ def _reaches_original(container: Container, scene: Scene, targets: Iterable[list
         return False
     others = _other_scenes(container, scene)
     scenes = (scene, Scene(container.baseline.namespace), *others)
-    masters = _masters([s.below(stat.LSMT_ROOT) for s in scenes])
+    masters = _masters([s.below(stat.LSMT_ROOT, stat.Pick.BETWEEN) for s in scenes])
     return any(
         reaches(chain[0], chain[1], original, parent, masters)
         for original, parent in _originals(container, scene, others)

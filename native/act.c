@@ -257,7 +257,7 @@ static int put_own_mounts(struct own_mounts *own, int composite)
 static int detach_old(int old, uint64_t id, const struct own_mounts *own)
 {
 	if (own->count)
-		ix_mount_setattr(old, "", AT_EMPTY_PATH | AT_RECURSIVE, 0, 0, MS_PRIVATE, -1);
+		ix_set_attributes_here(ix_guard_state.proc, old, true, 0, 0, MS_PRIVATE);
 	return detach(old, id);
 }
 
@@ -406,8 +406,8 @@ static struct ix_reply act_flags(struct ix_call *call, const struct ix_answer *a
 		cleanup_close int fd = open_mount(answer->ids[i], &info);
 		/* What is locked read-only stays so: clearing it fails, as it should. */
 		if (fd >= 0)
-			ix_mount_setattr(fd, "", AT_EMPTY_PATH, read_only ? MOUNT_ATTR_RDONLY : 0,
-					 read_only ? 0 : MOUNT_ATTR_RDONLY, 0, -1);
+			ix_set_attributes_here(ix_guard_state.proc, fd, false, read_only ? MOUNT_ATTR_RDONLY : 0,
+					       read_only ? 0 : MOUNT_ATTR_RDONLY, 0);
 	}
 	return ix_let_kernel_run("the base itself: the kernel never weakens a weld");
 }
@@ -476,7 +476,7 @@ static struct ix_reply bind_in_namespace(struct ix_call *call, int source)
 	if (tree < 0 || ix_statx(tree, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0)
 		return ix_let_kernel_run("no tree to clone: the kernel's errno");
 	/* In no peer group with what it was cloned from: what is stripped from it must stay there. */
-	if (ix_mount_setattr(tree, "", AT_EMPTY_PATH | AT_RECURSIVE, 0, 0, MS_PRIVATE, -1) < 0)
+	if (ix_set_attributes_here(ix_guard_state.proc, tree, true, 0, 0, MS_PRIVATE) < 0)
 		return ix_let_kernel_run("a clone that cannot be made private: EINVAL is the kernel's");
 	if (!S_ISDIR(call->target_stat.mode))
 		return ix_deny(ENOTDIR);

@@ -42,6 +42,14 @@ void ix_view_of(const void *buf, struct ix_mount_view *out);
 int ix_look_at_mount(uint64_t mnt_id, uint64_t ns_id, void *buf, size_t size, struct ix_mount_view *out);
 int64_t ix_listmount(uint64_t mnt_id, uint64_t ns_id, uint64_t last, uint64_t *ids, size_t count);
 
+/* ---- pick.c: of some mounts those that are worth a look, kept at the beginning of `ids`; how many --------------- */
+enum ix_picked {
+	IX_PICK_BASES = 1,     /* of procfs or sysfs */
+	IX_PICK_BETWEEN = 2,   /* slaves that share */
+	IX_PICK_POINTS = 3,    /* mounted at one of `points`, which are sorted */
+};
+size_t ix_pick(uint64_t ns_id, uint64_t *ids, size_t count, int what, const char *const *points, size_t point_count);
+
 int ix_setns(int fd, int nstype);
 int ix_unshare(int flags);
 /* Before Linux 6.11 namespaces have no ID: then it is the inode number with bit 62, which no ID has. */
@@ -56,6 +64,13 @@ int ix_close_range(unsigned int first, unsigned int last);
 int ix_chroot_fd(int fd);
 /* 1: two descriptors of the caller's are of one open file. */
 int ix_same_file(int a, int b);
+
+/* ---- setattr.c: mount_setattr(2) with AT_EMPTY_PATH, and what does the same before Linux 5.12 --------------- */
+
+/* A detached tree may then be another one with other IDs, behind the same descriptor. */
+int ix_set_attributes(int tree, int recursive, uint64_t set, uint64_t clear, uint64_t propagation);
+/* Only of what stands in this thread's mount namespace, else -EINVAL; `proc`: a procfs. */
+int ix_set_attributes_here(int proc, int tree, int recursive, uint64_t set, uint64_t clear, uint64_t propagation);
 
 /* ---- mountinfo.c: what these two would say, from an open mountinfo; IDs are the reusable ones --------------- */
 int ix_mountinfo_look(int mountinfo, uint64_t mnt_id, uint64_t mask, void *buf, size_t size);

@@ -301,6 +301,9 @@ static bool prepare(const struct command_line *line, const struct local *local, 
 	char request[sizeof(format) + 4 * PATH_MAX];
 	if (!line->bundle || !is_plain_path(line->bundle) || !is_plain(local->runtime))
 		return false;
+	/* Python has what stands in for it before Linux 5.12. */
+	if (syscall(SYS_mount_setattr, -1, "", 0, NULL, 0) < 0 && errno == ENOSYS)
+		return false;
 	int length = snprintf(request, sizeof(request), format, line->container, (int)getpid(), local->runtime, root,
 			      line->bundle);
 	if ((size_t)length >= sizeof(request) || unshare(CLONE_NEWNS) < 0)

@@ -127,9 +127,8 @@ static int put_cover(int root, const struct ix_cover *cover)
 					: ix_open_tree(target, "", OPEN_TREE_CLONE | AT_EMPTY_PATH);
 	if (tree < 0)
 		return tree;
-	if (cover->attributes)
-		r = ix_mount_setattr(tree, "", AT_EMPTY_PATH, cover->attributes, 0, 0, -1);
-	return r < 0 ? r : ix_move_mount(tree, "", target, "", MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH);
+	r = ix_move_mount(tree, "", target, "", MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH);
+	return r < 0 || !cover->attributes ? r : ix_set_attributes(tree, false, cover->attributes, 0, 0);
 }
 
 int ix_put_covers(const char *place, const struct ix_cover *covers, int count, int *step)
@@ -158,7 +157,7 @@ int ix_weld_again(const char *slot, int welder_fd, int home_fd, int *step)
 		return tree;
 	/* As long as it stands in its slot it is a slave, and the container would see that. */
 	*step = 4;
-	int r = ix_mount_setattr(tree, "", AT_EMPTY_PATH | AT_RECURSIVE, 0, 0, MS_PRIVATE, -1);
+	int r = ix_set_attributes(tree, true, 0, 0, MS_PRIVATE);
 	if (r < 0) {
 		close(tree);
 		return r;

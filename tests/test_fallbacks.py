@@ -46,6 +46,13 @@ BEYOND: dict[str, tuple[list[str], list[str]]] = {
         ["statmount, listmount"],
         ["tests/robust/test_own_mounts.py", *LONGER, "-k", "not without_a_question"],
     ),
+    "mount(2) for attributes": (
+        ["mount_setattr"],
+        [
+            *("tests/attacks/test_readonly.py", "tests/robust/test_own_mounts.py"),
+            *("tests/robust/test_runtime_mounts.py", "-k", "not attacks or (real and (plain or unshare))"),
+        ],
+    ),
     "namespaces by inode number": (["statmount in another namespace"], ["tests/test_explain.py"]),
 }
 

@@ -73,6 +73,7 @@ def _odd_mounts(top: bytes) -> None:
     os.mkdir(top + b"/last")
     mount.mount(top + b"/plain/lost", top + b"/last", None, MountFlag.MS_BIND)
     os.rmdir(top + b"/plain/lost")
+    os.chdir(top)
 
 
 def _among_odd_mounts(look: Callable[[], list[str]]) -> list[str]:
@@ -128,6 +129,36 @@ def _differences() -> list[str]:
         if under != sorted(repr(ours[n]) for n in mountinfo.below(read, number)):
             wrong.append(f"below {fact}: {under}")
     return wrong if len(theirs) > 30 else [f"only {len(theirs)} mounts"]
+
+
+def _wrong_picks() -> list[str]:
+    """More of them than are listed at once."""
+    for i in range(600):
+        os.mkdir(f"more{i}")
+        mount.mount(b"plain", b"more%d" % i, None, MountFlag.MS_BIND)
+    table = [stat.statmount(number) for number in stat.listmount()]
+    top = next(m for m in table if m.point == os.fsencode(os.getcwd()))
+    points = [top.point + b"/" + name for name in (*NAMES, b"more599", b"more17", b"absent")]
+    picks: dict[stat.Pick, Callable[[MountStat], object]] = {
+        stat.Pick.BASES: lambda m: m.fstype in (b"proc", b"sysfs"),
+        stat.Pick.BETWEEN: lambda m: m.peer_group and m.master,
+        stat.Pick.POINTS: lambda m: m.point in points,
+    }
+    wrong = []
+    for pick, is_wanted in picks.items():
+        for of in (stat.LSMT_ROOT, top.mnt_id):
+            picked = [stat.statmount(n) for n in stat.listmount(of, pick=pick, points=points)]
+            wanted = [m for m in map(stat.statmount, stat.listmount(of)) if is_wanted(m)]
+            if stat.reads_mountinfo():
+                picked = list(filter(is_wanted, picked))
+            if picked != wanted or (of == stat.LSMT_ROOT and not wanted):
+                wrong.append(f"{pick.name} of {of:#x}: {picked} instead of {wanted}")
+    return wrong
+
+
+@pytest.mark.root
+def test_those_that_are_picked_are_those_that_are_wanted() -> None:
+    assert _among_odd_mounts(_wrong_picks) == []
 
 
 @pytest.mark.root

@@ -21,7 +21,7 @@ import pytest
 from integration.containers import quickstart, rootfs
 from interceptor.cli import COMMANDS, cli
 from interceptor.config import TESTING_VARIABLE, Config
-from interceptor.kernel.features import probe
+from interceptor.kernel.features import OLDEST, probe
 from interceptor.library import Interceptor
 from interceptor.oci.hook import DEFAULT_SOCKET, OPERATIONS
 from interceptor.oci.seccomp import oci_fragment
@@ -155,7 +155,8 @@ def test_a_container_made_by_hand_behaves_as_shown(tmp_path: Path) -> None:
 
 @pytest.mark.root
 def test_the_kernel_named_is_the_oldest_that_has_what_is_needed() -> None:
-    needed = [tuple(map(int, feature.minimum.split("."))) for feature in probe() if feature.needed]
+    versions = [OLDEST, *(feature.minimum for feature in probe() if feature.needed)]
+    needed = [tuple(map(int, version.split("."))) for version in versions]
     named = {
         tuple(map(int, found)) for found in re.findall(r"Linux (\d+)\.(\d+) or newer", README.read_text())
     }

@@ -51,6 +51,7 @@ REFUSALS: Mapping[str, tuple[Refused, ...]] = {
         Refused("ioctl", 1, _WORD, 0x8010B70B, errno.ENOTTY),
         Refused("ioctl", 1, _WORD, 0x8010B70C, errno.ENOTTY),
     ),
+    "mount_setattr": (_any(442),),
     "SECCOMP_ADDFD_FLAG_SEND": (Refused("ioctl", 1, _WORD, 0x40182103),),
     "MOVE_MOUNT_SET_GROUP": (Refused("move_mount", 4, 0x100, 0x100),),
     "MOVE_MOUNT_BENEATH": (Refused("move_mount", 4, 0x200, 0x200),),

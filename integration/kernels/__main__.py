@@ -21,9 +21,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+KERNEL = "linux-image-cloud-amd64"
+#: Whose Python is too old for the project: with the kernel of the first, the rest of the second.
+USERSPACE = {"bullseye": "bookworm"}
 #: What `integration/check` installs, and what makes a root filesystem a machine.
 PACKAGES = (
-    "linux-image-cloud-amd64 initramfs-tools systemd systemd-sysv udev kmod dbus procps e2fsprogs",
+    "initramfs-tools systemd systemd-sysv udev kmod dbus procps e2fsprogs",
     "git build-essential pkg-config python3-dev python3-venv libcap-dev libfuse3-dev libseccomp-dev",
     "fuse3 runc debootstrap debian-archive-keyring uidmap iproute2 strace util-linux",
     "qemu-system-x86 ca-certificates",
@@ -84,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--suite", default="trixie", help="Debian suite (%(default)s: Linux 6.12, Python 3.13)"
+        "--suite",
+        default="trixie",
+        help="Debian suite (%(default)s: Linux 6.12; bookworm: 6.1; bullseye: 5.10 with the rest of bookworm)",
     )
     parser.add_argument(
         "--memory", default=3072, type=int, metavar="MiB", help="of the machine (%(default)s)"
@@ -119,20 +124,20 @@ def _machine(cache: Path, suite: str) -> Path:
     scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=cache))
     try:
         scratch.chmod(0o755)
+        userspace = USERSPACE.get(suite, suite)
         subprocess.run(
-            ["debootstrap", "--variant=minbase", suite, str(scratch)], check=True, stdout=subprocess.DEVNULL
+            ["debootstrap", "--variant=minbase", userspace, str(scratch)],
+            check=True,
+            stdout=subprocess.DEVNULL,
         )
         # Some of these need a whole system to be configured in, which debootstrap's own order does not give them.
-        install = [
-            "apt-get",
-            "install",
-            "--yes",
-            "--quiet",
-            "--no-install-recommends",
-            *" ".join(PACKAGES).split(),
-        ]
-        chroot = [*_inside(scratch), "env", "DEBIAN_FRONTEND=noninteractive"]
-        subprocess.run([*chroot, *install], check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        install = ["install", "--yes", "--quiet", "--no-install-recommends"]
+        _apt(scratch, *install, *" ".join(PACKAGES).split())
+        if suite != userspace:
+            sources = scratch / "etc/apt/sources.list"
+            sources.write_text(sources.read_text() + sources.read_text().replace(userspace, suite))
+            _apt(scratch, "update", "--quiet")
+        _apt(scratch, *install, f"--target-release={suite}", KERNEL)
         shutil.rmtree(scratch / "var/cache/apt/archives", ignore_errors=True)
         (scratch / "etc/fstab").write_text("/dev/vda / ext4 defaults 0 1\n")
         scratch.rename(final)
@@ -140,6 +145,11 @@ def _machine(cache: Path, suite: str) -> Path:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     return final
+
+
+def _apt(tree: Path, *arguments: str) -> None:
+    argv = [*_inside(tree), "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", *arguments]
+    subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
 
 def _put_checkout(tree: Path) -> None:

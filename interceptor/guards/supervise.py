@@ -22,6 +22,9 @@ DEATHS_MAX = 20
 DEATH_WINDOW_S = 10.0
 #: Messages of one guard that are answered before others have their turn.
 MESSAGES_A_TURN = 4
+#: A turn that takes longer than this (seconds) ends, and as long as it took the guard is not heard: whatever one
+#: container has us look at, half of the time is for the others.
+TURN_S = 0.02
 
 
 class HangUps:
@@ -145,7 +148,7 @@ class Supervisor:
                 self.link.follow(by_somebody)
 
     def _receive(self) -> None:
-        link = self.link
+        link, begin = self.link, self._loop.time()
         # Not all that there is: a guard that asks without end must not keep others waiting.
         for _ in range(MESSAGES_A_TURN):
             if link is None or link is not self.link:
@@ -174,6 +177,15 @@ class Supervisor:
                 self._refuse(message.index)
             else:
                 self._log.debug("a listener is being served", listener=message.index)
+            took = self._loop.time() - begin
+            if took > TURN_S and link is self.link:
+                self._loop.remove_reader(link.fileno())
+                self._loop.call_later(took, self._hear_again, link)
+                return
+
+    def _hear_again(self, link: GuardLink) -> None:
+        if link is self.link:
+            self._loop.add_reader(link.fileno(), self._receive)
 
     def _reply(self, link: GuardLink, ask: Ask) -> None:
         answer = self._answer(ask)

@@ -18,6 +18,8 @@ from interceptor.kernel.flags import CLONE_NEWNS, CLONE_NEWUSER, MountAttr, Moun
 from interceptor.kernel.namespaces import open_namespace, unshare
 from interceptor.kernel.whereabouts import BY_INODE
 
+#: What this kernel has is taken for granted; each younger mechanism is tried.
+OLDEST = "5.10"
 _WAIT_KILLABLE_RECV = 1 << 5
 _RET_ALLOW = struct.pack("=HBBI", 0x06, 0, 0, 0x7FFF0000)
 _NOTIF_SET_FLAGS = 0x40082104
@@ -103,8 +105,8 @@ def _group() -> None:
 
 
 def _setattr() -> None:
-    lower, _upper = _detached()
-    mount.mount_setattr(lower, set_=MountAttr.MOUNT_ATTR_RDONLY)
+    _workshop()
+    mount.mount_setattr(mount.AT_FDCWD, b"/", set_=MountAttr.MOUNT_ATTR_NODEV)
 
 
 def _workshop() -> None:
@@ -180,7 +182,13 @@ _PROBES: tuple[tuple[str, str, bool, str, Callable[[], None]], ...] = (
         "facts about a container's mounts; else the daemon goes there to look",
         _statmount_elsewhere,
     ),
-    ("mount_setattr", "5.12", True, "flags and propagation of trees that nobody sees yet", _setattr),
+    (
+        "mount_setattr",
+        "5.12",
+        False,
+        "flags and propagation of trees that nobody sees yet; else they stand where nobody looks, and mount(2) does it",
+        _setattr,
+    ),
     (
         "SECCOMP_ADDFD_FLAG_SEND",
         "5.14",

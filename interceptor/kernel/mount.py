@@ -221,10 +221,16 @@ def mount_setattr(
     recursive: bool = False,
     userns: FdLike | None = None,
 ) -> None:
-    """mount_setattr(2); with an empty path the mount of ``dirfd`` itself."""
+    """mount_setattr(2); with an empty path the mount of ``dirfd`` itself.
+
+    Before Linux 5.12 of such a mount only, and a detached tree is then another with other IDs. Raises `SyscallError`.
+    """
     flags = (0 if path else AT_EMPTY_PATH) | (_RECURSIVE if recursive else 0)
-    user = -1 if userns is None else c_fd(userns)
-    result = lib.ix_mount_setattr(c_fd(dirfd), c_path(path), flags, set_, clear, propagation, user)
+    if path or userns is not None:
+        user = -1 if userns is None else c_fd(userns)
+        result = lib.ix_mount_setattr(c_fd(dirfd), c_path(path), flags, set_, clear, propagation, user)
+    else:
+        result = lib.ix_set_attributes(c_fd(dirfd), recursive, set_, clear, propagation)
     shown = (Shown(set_, MountAttr), Shown(clear, MountAttr), hex(propagation))
     checked(result, "mount_setattr", dirfd, path, hex(flags), "{set, clr, propagation} =", *shown)
 

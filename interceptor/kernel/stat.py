@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 from collections.abc import Iterable
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 from interceptor._native import ffi, lib
@@ -135,29 +136,47 @@ def _string(text: Any) -> bytes:
     return bytes(ffi.string(text)) if text else b""
 
 
-def listmount(mnt_id: int = LSMT_ROOT, namespace: int = 0) -> list[int]:
-    """listmount(2), 6.8+: unique IDs of every mount below ``mnt_id``, parents before what came later.
+class Pick(IntEnum):
+    """Which of many mounts are worth a look; where there is no statmount(2) the others are among them."""
 
-    Before, as `statmount`, in the order of mountinfo.
+    BASES = int(lib.IX_PICK_BASES)
+    """Of procfs or sysfs."""
+    BETWEEN = int(lib.IX_PICK_BETWEEN)
+    """Slaves that share."""
+    POINTS = int(lib.IX_PICK_POINTS)
+    """At one of some places."""
+
+
+def listmount(
+    mnt_id: int = LSMT_ROOT,
+    namespace: int = 0,
+    pick: Pick | None = None,
+    points: Iterable[bytes] = (),
+) -> list[int]:
+    """listmount(2), 6.8+: unique IDs of every mount below ``mnt_id``, parents before what came later; or of those that
+    are picked. Before, as `statmount`, in the order of mountinfo.
     """
     if reads_mountinfo():
         mounts = _read(namespace)
         return list(mounts) if mnt_id == LSMT_ROOT else mountinfo.below(mounts, mnt_id)
     if namespace & BY_INODE:
         with within(namespace):
-            return listmount(mnt_id)
+            return listmount(mnt_id, 0, pick, points)
     count = 512
     ids = _uncleared("uint64_t[]", count)
     found: list[int] = []
+    texts = [ffi.from_buffer("char[]", point + b"\0") for point in sorted(points)]
+    wanted = ffi.new("char *[]", texts)
     last = 0
     while True:
         n = lib.ix_listmount(mnt_id, namespace, last, ids, count)
         if n < 0:
             raise SyscallError(-n, f"listmount({mnt_id:#x}, {namespace:#x})")
-        found.extend(ffi.unpack(ids, n))
+        last = ids[n - 1] if n else 0
+        kept = lib.ix_pick(namespace, ids, n, pick, wanted, len(texts)) if pick and n else n
+        found.extend(ffi.unpack(ids, kept))
         if n < count:
             return found
-        last = found[-1]
 
 
 def mount_exists(mnt_id: int, namespace: int = 0) -> bool:

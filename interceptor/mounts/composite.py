@@ -112,7 +112,8 @@ class Composer:
         with self.bench.holding(tree) as place:
             self._cover(place, inside, fstype, material, covers)
             if readonly:
-                mount.mount_setattr(mount.AT_FDCWD, place, set_=MountAttr.MOUNT_ATTR_RDONLY, recursive=True)
+                with OwnedFd(os.open(place, os.O_PATH | os.O_CLOEXEC)) as standing:
+                    mount.mount_setattr(standing, set_=MountAttr.MOUNT_ATTR_RDONLY, recursive=True)
             return self._welder.weld_at(place)
 
     def _cover(
