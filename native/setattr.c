@@ -82,8 +82,7 @@ static int change_below(const struct change *c, uint64_t id)
 	return r;
 }
 
-/* From the working directory, which leads to the very mount whatever is mounted on top of it. */
-static int change_from(const struct change *c, const char *path)
+static int change_at(const struct change *c, const char *path)
 {
 	struct facts facts;
 	uint64_t id;
@@ -99,29 +98,32 @@ static int change_from(const struct change *c, const char *path)
 	return r;
 }
 
-/* -EINVAL where it does not stand in this thread's mount namespace. */
+/*
+ * -EINVAL where it does not stand in this thread's mount namespace. A descriptor's name leads to the very mount, whatever
+ * is mounted on top, and asks nobody who serves it. While a container is visited, this thread may not be in its procfs.
+ */
 static int change_here(const struct change *c)
 {
-	struct stat status;
 	char path[48];
-	if (fstat(c->tree, &status) < 0)
-		return -errno;
 	cleanup_close int before = ix_result(open(".", O_PATH | O_DIRECTORY | O_CLOEXEC));
 	if (before < 0)
 		return before;
-	bool directory = S_ISDIR(status.st_mode);
 	snprintf(path, sizeof(path), "thread-self/fd/%d", c->tree);
-	int r = fchdir(directory ? c->tree : c->proc) < 0 ? -errno : change_from(c, directory ? "." : path);
+	int r = fchdir(c->proc) < 0 ? -errno : change_at(c, path);
+	if (r == -ENOENT && !c->set && !c->clear)
+		r = fchdir(c->tree) < 0 ? -errno : change_at(c, ".");
 	return fchdir(before) < 0 && r >= 0 ? -errno : r;
 }
 
 /* A file can only stand on a file. */
 static int stand(int tree)
 {
-	struct stat status;
-	if (fstat(tree, &status) < 0 || mount("scratch", "/scratch", "tmpfs", 0, "size=4k,nr_inodes=2") < 0)
-		return -errno;
-	if ((S_ISDIR(status.st_mode) ? mkdir("/scratch/it", 0700) : mknod("/scratch/it", S_IFREG, 0)) < 0)
+	struct ix_stat st;
+	int r = ix_statx(tree, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st);
+	if (r < 0)
+		return r;
+	if (mount("scratch", "/scratch", "tmpfs", 0, "size=4k,nr_inodes=2") < 0 ||
+	    (S_ISDIR(st.mode) ? mkdir("/scratch/it", 0700) : mknod("/scratch/it", S_IFREG, 0)) < 0)
 		return -errno;
 	return ix_move_mount(tree, "", AT_FDCWD, "/scratch/it", MOVE_MOUNT_F_EMPTY_PATH);
 }
