@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from interceptor.errors import ProtocolError
+from interceptor.view import wire
 from interceptor.view.protocol import (
     DATA_MAX,
     PATH_MAX,
@@ -189,3 +190,12 @@ def test_answers_say_whether_it_worked() -> None:
     assert json.loads(encode_answer(containers={"a": True})) == {"ok": True, "containers": {"a": True}}
     assert json.loads(encode_answer(n=7)) == {"ok": True, "n": 7}
     assert json.loads(encode_answer("no container a")) == {"ok": False, "error": "no container a"}
+
+
+def test_the_init_of_a_kernel_without_the_second_flags_is_answered() -> None:
+    """Up to Linux 5.16 it is four bytes shorter (struct fuse_init_in)."""
+    answered = wire.init(struct.pack("=IIII", 7, 32, 131072, 0xFFFFFFFF))
+    assert struct.unpack_from("=II", answered) == (7, 32)
+    assert len(answered) == 64
+    with pytest.raises(ValueError, match=r"7\.31"):
+        wire.init(struct.pack("=IIII", 7, 31, 131072, 0))

@@ -15,6 +15,8 @@ from interceptor.view.protocol import Attr
 
 VERSION = (7, 38)
 """Linux 6.3's. The kernel speaks whatever older version it is told."""
+OLDEST_MINOR = 32
+"""Linux 5.10's. What came since is asked for by flags of INIT, or passed over by kernels that do not know it."""
 ROOT_ID = 1
 BUFFER_SIZE = 1 << 17
 """Longer than any request: `MAX_WRITE` and the headers."""
@@ -149,15 +151,17 @@ def resend() -> bytes:
 
 def init(body: bytes) -> bytes:
     """The answer to INIT. `ValueError` for a kernel whose protocol is another."""
-    major, minor, readahead, flags, flags2 = _INIT_IN.unpack_from(body)
-    if major != VERSION[0] or minor < VERSION[1]:
-        raise ValueError(f"the kernel speaks FUSE {major}.{minor}, we need {VERSION[0]}.{VERSION[1]}")
+    # Without the last field before Linux 5.17.
+    major, minor, readahead, flags, flags2 = _INIT_IN.unpack_from(body.ljust(_INIT_IN.size, b"\0"))
+    if major != VERSION[0] or minor < OLDEST_MINOR:
+        raise ValueError(f"the kernel speaks FUSE {major}.{minor}, we need {VERSION[0]}.{OLDEST_MINOR}")
     wanted = 0
     for flag in InitFlag:
         wanted |= flag
     wanted &= flags | flags2 << 32
+    spoken = min((major, minor), VERSION)
     return _INIT_OUT.pack(
-        *(*VERSION, readahead, wanted & 0xFFFFFFFF, 64, 48, MAX_WRITE, 1, 0, 0, wanted >> 32, 0)
+        *(*spoken, readahead, wanted & 0xFFFFFFFF, 64, 48, MAX_WRITE, 1, 0, 0, wanted >> 32, 0)
     )
 
 
