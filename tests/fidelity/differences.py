@@ -118,8 +118,8 @@ def _makes_new(point: Point) -> bool:
 
 def _sets_access_times(point: Point) -> bool:
     """Whether a new one is to have MS_NOATIME, MS_NODIRATIME or MS_STRICTATIME, or the attribute for it."""
-    attributes = point.call.arguments[2]
     if point.name == "fsmount":
+        attributes = point.call.arguments[2]
         return isinstance(attributes, int) and bool(attributes & 0xF0)
     return _makes_new(point) and bool(point.flags & (0x400 | 0x800 | 1 << 24))
 
