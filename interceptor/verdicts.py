@@ -30,6 +30,7 @@ _REQUESTS = {
     Op.DETACH: Request.DETACH,
     Op.MOVE: Request.MOVE,
     Op.REMOUNT: Request.REMOUNT,
+    Op.BENEATH: Request.BENEATH,
 }
 _CHAIN_MAX = 256
 #: How many mount namespaces made after a container's first are looked at for originals: no call may take for ever.
@@ -219,7 +220,10 @@ class Answerer:
         self, container: Container, scene: Scene, chain: list[MountStat], kind: MountClass, request: Request
     ) -> Circumstances:
         """What besides its class decides about ``chain[0]``, asked of the kernel."""
-        holds = request is Request.DETACH and _holds_original(container, scene, chain)
+        takes_along = request in (Request.DETACH, Request.BENEATH)
+        holds = takes_along and _holds_original(container, scene, chain)
+        if request is Request.BENEATH:
+            return Circumstances(holds_original=holds)
         if kind is MountClass.COPIED_BASE:
             own = self._own_mounts(container, scene, chain[0])
             return Circumstances(

@@ -142,6 +142,7 @@ enum ix_op {
 	IX_OP_FSMOUNT = 6,     /* descriptors: mount namespace, filesystem context */
 	IX_OP_FSOPEN = 8,      /* descriptors: PID namespace, network namespace */
 	IX_OP_OPEN_TREE = 7,   /* descriptors: mount namespace, what is to be cloned */
+	IX_OP_BENEATH = 9,     /* descriptors: mount namespace, what something is to be put beneath */
 	IX_OP_NEW = 5          /* descriptors: mount namespace, PID namespace, network namespace */
 };
 

@@ -300,12 +300,32 @@ int ix_resolve_moved(struct ix_call *call)
 			  flags & MOVE_MOUNT_F_SYMLINKS);
 }
 
+/* Whether an original base would stand on something else from then on; `error`: what the call then fails with. */
+static bool would_lift_original(struct ix_call *call, uint64_t flags, int *error)
+{
+	struct ix_stat st;
+	cleanup_close int to = resolve_to(call, flags);
+	if (to < 0 || ix_statx(to, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0 || !st.mount_root ||
+	    (!ix_is_ours(call, to, &st) && !ix_has_mounts_below(call, st.mnt_id)) || !ix_open_mount_namespace(call) ||
+	    !ix_caller_rules(call, call->mntns))
+		return false;
+	struct ix_ask ask = {.type = IX_MSG_ASK, .op = IX_OP_BENEATH, .mnt_id = st.mnt_id, .tid = call->tid};
+	int fds[] = {call->mntns, to};
+	if (!ix_question(call, &ask, fds, 2) || call->question->answer.act != IX_ACT_ERROR)
+		return false;
+	*error = call->question->answer.error;
+	return true;
+}
+
 struct ix_reply ix_handle_move_mount(struct ix_call *call)
 {
 	uint64_t flags = call->args[4] & UINT32_MAX;
 	struct ix_stat st;
+	int error;
 	if (flags & MOVE_MOUNT_SET_GROUP)
 		return ix_let_kernel_run("moves nothing");
+	if (flags & MOVE_MOUNT_BENEATH && would_lift_original(call, flags, &error))
+		return ix_deny(error);
 	cleanup_close int from = ix_resolve_moved(call);
 	if (from < 0 || ix_statx(from, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0 || !st.mount_root)
 		return ix_let_kernel_run("no mount to move: the kernel's errno");

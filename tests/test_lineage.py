@@ -60,6 +60,16 @@ def test_in_a_cloned_namespace_another_procfs_at_an_originals_place_is_a_copy() 
     assert classify(clone.chain(base), baseline, 200) is MountClass.COPIED_BASE
 
 
+@pytest.mark.parametrize("dev", [(0, 77), (0, 99)])
+def test_what_was_put_beneath_an_original_of_a_cloned_namespace_changes_nothing(dev: tuple[int, int]) -> None:
+    space, baseline = container()
+    clone = space.cloned(200)
+    original = clone.at(b"/proc")
+    beneath = clone.add(b"/proc", clone.at(b"/"), fstype=b"proc" if dev == (0, 99) else b"tmpfs", dev=dev)
+    chain = clone.chain(original)
+    assert classify([chain[0], beneath, *chain[1:]], baseline, 200) is MountClass.ORIGINAL_BASE
+
+
 def test_in_a_cloned_namespace_the_same_procfs_bound_over_an_original_is_a_copy() -> None:
     space, baseline = container()
     clone = space.cloned(200)

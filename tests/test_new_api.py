@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import struct
 
@@ -11,7 +12,9 @@ import pytest
 
 from interceptor.errors import SyscallError
 from interceptor.kernel import mount, process, stat
-from interceptor.kernel.flags import PROC_SUPER_MAGIC, SYSFS_MAGIC, MountAttr
+from interceptor.kernel.features import probe
+from interceptor.kernel.flags import CLONE_NEWNS, PROC_SUPER_MAGIC, SYSFS_MAGIC, MountAttr, MountFlag
+from interceptor.kernel.namespaces import unshare
 from interceptor.library import GuardedChild
 from tests.guarded import mounts, raw_below
 
@@ -171,6 +174,46 @@ def test_originals_do_not_move(real_guarded: GuardedChild) -> None:
             move = lambda: mount.move_mount(mount.AT_FDCWD, original, mount.AT_FDCWD, place())  # noqa: B023, E731
             assert errno_of_call(move) == errno.EINVAL, original
         assert below(PLACE) == []
+
+    real_guarded.call(inside)
+
+
+@pytest.mark.parametrize("unshared", [False, True])
+def test_nothing_goes_beneath_an_original(real_guarded: GuardedChild, unshared: bool) -> None:
+    """There it would be what stands in the original's place, which the original could then be moved away from."""
+    missing = {f.name for f in probe() if not f.available}
+
+    def inside() -> None:
+        if unshared:
+            unshare(CLONE_NEWNS)
+            mount.mount(None, b"/", None, MountFlag.MS_REC | MountFlag.MS_PRIVATE)
+        before = {place: stat.statx(mount.AT_FDCWD, place).mnt_id for place in (b"/proc", b"/sys")}
+        for place in before:
+            for tree in (
+                mount.clone_mount(mount.AT_FDCWD, place),
+                mount.clone_mount(mount.AT_FDCWD, place, recursive=True),
+                mount.new_mount(b"tmpfs", {}),
+                mount.new_mount(b"proc" if place == b"/proc" else b"sysfs", {}),
+            ):
+                with tree:
+                    beneath = functools.partial(mount.attach, tree, mount.AT_FDCWD, place, beneath=True)
+                    assert errno_of_call(beneath) == errno.EINVAL
+            os.mkdir(b"/tmp/away")
+            move = functools.partial(mount.mount, place, b"/tmp/away", None, MountFlag.MS_MOVE)
+            assert errno_of_call(move) == errno.EINVAL
+            os.rmdir(b"/tmp/away")
+        assert before == {place: stat.statx(mount.AT_FDCWD, place).mnt_id for place in before}
+        # Elsewhere it is as ever.
+        os.mkdir(b"/tmp/top")
+        mount.mount(b"x", b"/tmp/top", b"tmpfs")
+        with mount.clone_mount(mount.AT_FDCWD, b"/proc") as tree:
+            beneath = functools.partial(mount.attach, tree, mount.AT_FDCWD, b"/tmp/top", beneath=True)
+            if "MOVE_MOUNT_BENEATH" in missing:
+                assert errno_of_call(beneath) == errno.EINVAL
+                return
+            beneath()
+        mount.umount2(b"/tmp/top", 0)
+        assert os.path.exists(b"/tmp/top/self")
 
     real_guarded.call(inside)
 

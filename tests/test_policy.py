@@ -38,6 +38,9 @@ classes = st.sampled_from(MountClass)
         (Request.UMOUNT, C.IMMUTABLE, Deed.KERNEL, 0),
         (Request.UMOUNT, C.FREE, Deed.KERNEL, 0),
         (Request.MOVE, C.FREE, Deed.KERNEL, 0),
+        (Request.BENEATH, C.ORIGINAL_BASE, Deed.REFUSE, errno.EINVAL),
+        (Request.BENEATH, C.COPIED_BASE, Deed.KERNEL, 0),
+        (Request.BENEATH, C.FREE, Deed.KERNEL, 0),
     ],
 )
 def test_the_table(request_: Request, kind: MountClass, deed: Deed, error: int) -> None:
@@ -109,3 +112,9 @@ def test_nothing_is_unmounted_lazily_with_an_original_below_it(kind: C) -> None:
     verdict = decide(Request.DETACH, kind, Circumstances(holds_original=True))
     assert (verdict.deed, verdict.error, verdict.lasting) == (Deed.REFUSE, errno.EBUSY, False)
     assert decide(Request.UMOUNT, C.FREE, Circumstances(holds_original=True)).deed is Deed.KERNEL
+
+
+@pytest.mark.parametrize("kind", [C.FREE, C.IMMUTABLE, C.COPIED_BASE, C.COPIED_SUBMOUNT])
+def test_nothing_is_put_beneath_what_an_original_stands_on(kind: C) -> None:
+    verdict = decide(Request.BENEATH, kind, Circumstances(holds_original=True))
+    assert (verdict.deed, verdict.error, verdict.lasting) == (Deed.REFUSE, errno.EINVAL, False)

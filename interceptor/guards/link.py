@@ -24,6 +24,7 @@ class Op(enum.IntEnum):
     FSMOUNT = lib.IX_OP_FSMOUNT
     OPEN_TREE = lib.IX_OP_OPEN_TREE
     FSOPEN = lib.IX_OP_FSOPEN
+    BENEATH = lib.IX_OP_BENEATH
 
 
 class Act(enum.IntEnum):

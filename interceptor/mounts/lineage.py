@@ -149,8 +149,9 @@ def _same_position(chain: Sequence[Mount], baseline: Baseline, namespace: int) -
     if namespace == baseline.namespace:
         return False
     mount = chain[0]
-    original = next((b for b in baseline.bases() if b.point == mount.point and b.dev == mount.dev), None)
-    if original is None or _stacked(chain) > sum(m.point == mount.point for m in baseline.mounts.values()):
+    originals = [b for b in baseline.bases() if (b.point, b.dev) == (mount.point, mount.dev)]
+    # What it covers that is not like it changes nothing: something may have been put beneath.
+    if not originals or _alike(chain) > len(originals):
         return False
     if sum(m.point == b"/" for m in chain[1:]) > roots(baseline):
         return False  # on a root that was pivoted away, beneath one that is like it
@@ -158,7 +159,8 @@ def _same_position(chain: Sequence[Mount], baseline: Baseline, namespace: int) -
     return all(
         m.point in by_point and (by_point[m.point].dev, by_point[m.point].root) == (m.dev, m.root)
         for m in chain[1:]
-        if m.point  # the kernel's own rootfs, below the root of every namespace, has none
+        # The kernel's own rootfs, below the root of every namespace, has none.
+        if m.point and m.point != mount.point
     )
 
 
@@ -167,9 +169,9 @@ def roots(baseline: Baseline) -> int:
     return sum(m.point == b"/" for m in baseline.mounts.values())
 
 
-def _stacked(chain: Sequence[Mount]) -> int:
-    """How many mounts stand at the place of ``chain[0]``, itself and what it covers: an original covers no copy."""
-    return sum(m.point == chain[0].point for m in chain)
+def _alike(chain: Sequence[Mount]) -> int:
+    """How many bases like ``chain[0]`` stand at its place, itself and those it covers: an original covers no copy."""
+    return sum(is_base(m) and (m.point, m.dev) == (chain[0].point, chain[0].dev) for m in chain)
 
 
 def receivers(group: int, masters: Mapping[int, int]) -> set[int]:

@@ -16,6 +16,7 @@ class Request(enum.Enum):
     DETACH = "umount -l"
     MOVE = "move"
     REMOUNT = "remount"
+    BENEATH = "put something beneath"
 
 
 class Deed(enum.Enum):
@@ -65,6 +66,8 @@ def decide(request: Request, kind: MountClass, circumstances: Circumstances) -> 
         return _remount(kind)
     if request is Request.MOVE:
         return _move(kind)
+    if request is Request.BENEATH:
+        return _beneath(kind, circumstances)
     if kind is MountClass.ORIGINAL_BASE:
         return _original_base(request, circumstances)
     if request is Request.DETACH and circumstances.holds_original and kind not in _WELDED:
@@ -95,6 +98,13 @@ def _move(kind: MountClass) -> Verdict:
     if kind is MountClass.ORIGINAL_BASE:
         return Verdict(Deed.REFUSE, "original bases stay", errno.EINVAL, lasting=True)
     return Verdict(Deed.KERNEL, "welded submounts do not move, bases move whole", lasting=True)
+
+
+def _beneath(kind: MountClass, circumstances: Circumstances) -> Verdict:
+    """Originals of cloned namespaces are known by what they stand on: that must not change."""
+    if circumstances.holds_original or (kind is MountClass.ORIGINAL_BASE and not circumstances.locked):
+        return Verdict(Deed.REFUSE, "original bases stay on what they stand on", errno.EINVAL)
+    return Verdict(Deed.KERNEL, "no original stands on it", lasting=False)
 
 
 def _original_base(request: Request, circumstances: Circumstances) -> Verdict:

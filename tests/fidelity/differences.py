@@ -10,6 +10,7 @@ from tests.fidelity.calls import Call, Opened
 from tests.fidelity.stage import MS_BIND, MS_MOVE, MS_REMOUNT
 from tests.fidelity.twins import Difference
 
+MOVE_MOUNT_BENEATH = 0x200
 _COVER = re.compile(
     rb"(.*/)?(proc|proclink)/(sys|uptime|swaps)(/.*)?|"
     rb"(.*/)?sys/(kernel|devices/virtual|module/nf_conntrack/parameters)(/.*)?"
@@ -137,6 +138,15 @@ def _moves(point: Point) -> bool:
     return point.name == "move_mount" or (point.name == "mount" and not point.flags & (MS_BIND | MS_REMOUNT))
 
 
+def _puts_beneath(point: Point) -> bool:
+    """Whether it is to be mounted beneath what is no copy."""
+    if point.name != "move_mount":
+        return False
+    target, flags = point.call.arguments[3:5]
+    away = isinstance(target, bytes) and not target.startswith(b"/tmp/f/")
+    return away and isinstance(flags, int) and bool(flags & MOVE_MOUNT_BENEATH)
+
+
 _ON_COVERS = (("0", "EINVAL"), ("EPERM", "EINVAL"))
 _UNKNOWN = (b"pidns=/proc/self/ns/pid", b"gid=4294967295")
 
@@ -175,6 +185,13 @@ MEANT: tuple[Meant, ...] = (
         "0",
         "originals stay",
         lambda p: p.answers == ("EINVAL", "0") and _moves(p) and not _is_copy(p),
+    ),
+    Meant(
+        "move of something beneath the original `/proc` or `/sys`",
+        "EINVAL",
+        "0",
+        "originals stay where they stand",
+        lambda p: p.answers == ("EINVAL", "0") and _puts_beneath(p),
     ),
     Meant(
         "remount or mount_setattr that clears nosuid, nodev, noexec or read-only of what the container was made with, "
