@@ -292,6 +292,7 @@ def test_every_operation_has_a_result_a_doer_and_a_reason(kind: MountClass) -> N
         "umount": "EBUSY",
         "umount -l": "EBUSY",
         "move": "EINVAL",
+        "move beneath": "EINVAL",
         "remount": "0, or EPERM where it would clear ro, nosuid, nodev or noexec",
         "bind": "0",
     }

@@ -42,12 +42,13 @@ _KERNELS: Mapping[tuple[Request, MountClass], str] = {
     (Request.UMOUNT, MountClass.COPIED_BASE): "EBUSY",
     **{
         (request, kind): "EINVAL"
-        for request in (Request.UMOUNT, Request.DETACH, Request.MOVE)
+        for request in (Request.UMOUNT, Request.DETACH, Request.MOVE, Request.BENEATH)
         for kind in (MountClass.ORIGINAL_SUBMOUNT, MountClass.SHIELD)
     },
     (Request.UMOUNT, MountClass.COPIED_SUBMOUNT): "EINVAL",
     (Request.DETACH, MountClass.COPIED_SUBMOUNT): "EINVAL",
     (Request.MOVE, MountClass.COPIED_SUBMOUNT): "EINVAL",
+    (Request.BENEATH, MountClass.COPIED_SUBMOUNT): "EINVAL",
     (Request.DETACH, MountClass.COPIED_BASE): "0",
 }
 _OWN = "as the kernel decides"

@@ -16,7 +16,7 @@ class Request(enum.Enum):
     DETACH = "umount -l"
     MOVE = "move"
     REMOUNT = "remount"
-    BENEATH = "put something beneath"
+    BENEATH = "move beneath"
 
 
 class Deed(enum.Enum):
