@@ -324,11 +324,11 @@ struct ix_reply ix_handle_move_mount(struct ix_call *call)
 	int error;
 	if (flags & MOVE_MOUNT_SET_GROUP)
 		return ix_let_kernel_run("moves nothing");
-	if (flags & MOVE_MOUNT_BENEATH && would_lift_original(call, flags, &error))
-		return ix_deny(error);
 	cleanup_close int from = ix_resolve_moved(call);
 	if (from < 0 || ix_statx(from, "", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, &st) < 0 || !st.mount_root)
 		return ix_let_kernel_run("no mount to move: the kernel's errno");
+	if (flags & MOVE_MOUNT_BENEATH && would_lift_original(call, flags, &error))
+		return ix_deny(error);
 	cleanup_close int tree = find_held(st.mnt_id);
 	if (tree >= 0)
 		return attach_held(call, tree, st.mnt_id, flags);

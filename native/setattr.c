@@ -109,7 +109,7 @@ static int change_here(const struct change *c)
 	if (before < 0)
 		return before;
 	snprintf(path, sizeof(path), "thread-self/fd/%d", c->tree);
-	int r = fchdir(c->proc) < 0 ? -errno : change_at(c, path);
+	int r = c->proc < 0 ? -ENOENT : fchdir(c->proc) < 0 ? -errno : change_at(c, path);
 	if (r == -ENOENT && !c->set && !c->clear)
 		r = fchdir(c->tree) < 0 ? -errno : change_at(c, ".");
 	return fchdir(before) < 0 && r >= 0 ? -errno : r;
@@ -140,6 +140,14 @@ static void *change_elsewhere(void *argument)
 	return NULL;
 }
 
+/* A thread of its own: with a working directory and, if need be, a mount namespace that nobody else has. */
+static void *change_anywhere(void *argument)
+{
+	struct change *c = argument;
+	c->result = unshare(CLONE_FS) < 0 ? -errno : change_here(c);
+	return c->result == -EINVAL ? change_elsewhere(c) : NULL;
+}
+
 int ix_set_attributes_here(int proc, int tree, int recursive, uint64_t set, uint64_t clear, uint64_t propagation)
 {
 	unsigned int flags = AT_EMPTY_PATH | (recursive ? AT_RECURSIVE : 0);
@@ -154,15 +162,12 @@ int ix_set_attributes(int tree, int recursive, uint64_t set, uint64_t clear, uin
 	int r = ix_mount_setattr(tree, "", flags, set, clear, propagation, -1);
 	if (r != -ENOSYS)
 		return r;
+	/* A container that is visited may have none. */
 	cleanup_close int proc = ix_result(open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC));
 	struct change c = {proc, tree, recursive, set, clear, propagation, 0};
-	r = proc < 0 ? proc : change_here(&c);
-	if (r != -EINVAL)
-		return r;
-	/* A thread: it has its mount namespace for itself, and its descriptors with everybody. */
 	pthread_t thread;
-	if ((r = pthread_create(&thread, NULL, change_elsewhere, &c)) != 0)
+	if ((r = pthread_create(&thread, NULL, change_anywhere, &c)) != 0)
 		return -r;
 	pthread_join(thread, NULL);
-	return c.result;
+	return c.result < 0 ? c.result : 0;
 }

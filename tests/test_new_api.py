@@ -13,7 +13,14 @@ import pytest
 from interceptor.errors import SyscallError
 from interceptor.kernel import mount, process, stat
 from interceptor.kernel.features import probe
-from interceptor.kernel.flags import CLONE_NEWNS, PROC_SUPER_MAGIC, SYSFS_MAGIC, MountAttr, MountFlag
+from interceptor.kernel.flags import (
+    CLONE_NEWNS,
+    PROC_SUPER_MAGIC,
+    SYSFS_MAGIC,
+    MountAttr,
+    MountFlag,
+    UmountFlag,
+)
 from interceptor.kernel.namespaces import unshare
 from interceptor.library import GuardedChild
 from tests.guarded import mounts, raw_below
@@ -214,6 +221,40 @@ def test_nothing_goes_beneath_an_original(real_guarded: GuardedChild, unshared: 
             beneath()
         mount.umount2(b"/tmp/top", 0)
         assert os.path.exists(b"/tmp/top/self")
+
+    real_guarded.call(inside)
+
+
+def test_what_is_to_be_moved_is_looked_up_before_what_it_goes_beneath(real_guarded: GuardedChild) -> None:
+    def inside() -> None:
+        for dirfd, source, error in ((-1, b"x", errno.EBADF), (mount.AT_FDCWD, b"/nowhere", errno.ENOENT)):
+            call = functools.partial(mount.move_mount, dirfd, source, mount.AT_FDCWD, b"/proc", 0x200)
+            assert errno_of_call(call) == error
+
+    real_guarded.call(inside)
+
+
+@pytest.mark.parametrize("place", [b"/proc", b"/sys"])
+@pytest.mark.parametrize("flags", [0, UmountFlag.MNT_DETACH])
+def test_what_propagates_beneath_an_original_does_not_take_its_place(
+    real_guarded: GuardedChild, place: bytes, flags: int
+) -> None:
+    """The kernel puts a mount that arrives where something stands beneath that."""
+    if not stat.statx(mount.AT_FDCWD, b"/").unique:
+        return  # without unique IDs nothing tells which of the two was there first
+
+    def inside() -> None:
+        unshare(CLONE_NEWNS)
+        mount.mount(None, b"/", None, MountFlag.MS_REC | MountFlag.MS_PRIVATE)
+        mount.mount(None, b"/", None, MountFlag.MS_SHARED)
+        before = stat.statx(mount.AT_FDCWD, place).mnt_id
+        os.mkdir(b"/tmp/m")
+        mount.mount(b"/", b"/tmp/m", None, MountFlag.MS_BIND)
+        mount.mount(place, b"/tmp/m" + place, None, MountFlag.MS_BIND | MountFlag.MS_REC)
+        mount.mount(None, b"/", None, MountFlag.MS_PRIVATE)
+        assert len([m for m in mounts() if m.point == place]) == 2
+        assert errno_of_call(functools.partial(mount.umount2, place, flags)) == errno.EBUSY
+        assert stat.statx(mount.AT_FDCWD, place).mnt_id == before
 
     real_guarded.call(inside)
 

@@ -150,7 +150,6 @@ def _same_position(chain: Sequence[Mount], baseline: Baseline, namespace: int) -
         return False
     mount = chain[0]
     originals = [b for b in baseline.bases() if (b.point, b.dev) == (mount.point, mount.dev)]
-    # What it covers that is not like it changes nothing: something may have been put beneath.
     if not originals or _alike(chain) > len(originals):
         return False
     if sum(m.point == b"/" for m in chain[1:]) > roots(baseline):
@@ -170,8 +169,19 @@ def roots(baseline: Baseline) -> int:
 
 
 def _alike(chain: Sequence[Mount]) -> int:
-    """How many bases like ``chain[0]`` stand at its place, itself and those it covers: an original covers no copy."""
-    return sum(is_base(m) and (m.point, m.dev) == (chain[0].point, chain[0].dev) for m in chain)
+    """How many bases like ``chain[0]`` stand at its place, itself and older ones that it covers: an original covers no
+    copy. What is younger has come beneath: the kernel puts what propagates beneath what stands there.
+    """
+    mount = chain[0]
+    return sum(
+        is_base(m) and (m.point, m.dev) == (mount.point, mount.dev) and not _is_younger(m, mount)
+        for m in chain
+    )
+
+
+def _is_younger(one: Mount, other: Mount) -> bool:
+    """By their unique IDs; no where these are not unique."""
+    return min(one.mnt_id, other.mnt_id) >= UNIQUE_FROM and one.mnt_id > other.mnt_id
 
 
 def receivers(group: int, masters: Mapping[int, int]) -> set[int]:

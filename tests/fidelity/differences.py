@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -139,12 +140,12 @@ def _moves(point: Point) -> bool:
 
 
 def _puts_beneath(point: Point) -> bool:
-    """Whether it is to be mounted beneath what is no copy."""
+    """Whether it is to be mounted beneath the original `/proc` or `/sys`."""
     if point.name != "move_mount":
         return False
     target, flags = point.call.arguments[3:5]
-    away = isinstance(target, bytes) and not target.startswith(b"/tmp/f/")
-    return away and isinstance(flags, int) and bool(flags & MOVE_MOUNT_BENEATH)
+    original = isinstance(target, bytes) and os.path.normpath(target) in (b"/proc", b"/sys")
+    return original and isinstance(flags, int) and bool(flags & MOVE_MOUNT_BENEATH)
 
 
 _ON_COVERS = (("0", "EINVAL"), ("EPERM", "EINVAL"))
