@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import pickle
-import tempfile
-import traceback
 from collections.abc import Callable
 
 import pytest
@@ -20,6 +17,7 @@ from interceptor.kernel.mountinfo import MountStat
 from interceptor.kernel.namespaces import open_namespace, unshare
 from interceptor.kernel.whereabouts import BY_INODE, remember, within
 from interceptor.mounts.lineage import UNIQUE_FROM
+from tests.child import told_by_a_child
 
 NAMES = [
     b"plain",
@@ -78,24 +76,12 @@ def _odd_mounts(top: bytes) -> None:
 
 def _among_odd_mounts(look: Callable[[], list[str]]) -> list[str]:
     """What is wrong, found by a process of its own, with which the mounts go."""
-    with tempfile.TemporaryDirectory() as top, tempfile.TemporaryFile() as report:
-        pid = os.fork()
-        if pid == 0:
-            try:
-                _odd_mounts(os.fsencode(top))
-                said = look()
-            except BaseException:
-                said = [traceback.format_exc()]
-            try:
-                pickle.dump(said, report)
-                report.flush()
-            finally:
-                os._exit(0)
-        os.waitpid(pid, 0)
-        report.seek(0)
-        found = pickle.load(report)
-        assert isinstance(found, list)
-        return found
+
+    def among(top: bytes) -> list[str]:
+        _odd_mounts(top)
+        return look()
+
+    return told_by_a_child(among)
 
 
 def _facts(mounts: list[MountStat]) -> dict[int, tuple[object, ...]]:

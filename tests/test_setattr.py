@@ -5,9 +5,6 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import pickle
-import tempfile
-import traceback
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,6 +23,7 @@ from interceptor.kernel.flags import (
     UmountFlag,
 )
 from interceptor.kernel.namespaces import unshare
+from tests.child import told_by_a_child
 from tests.without import refuse
 
 pytestmark = pytest.mark.root
@@ -123,31 +121,19 @@ def _state(root: bytes) -> list[tuple[object, ...]]:
 
 def _outcomes(cases: Sequence[Case], *, older: bool) -> list[tuple[str, object]]:
     """Of each case: how it ended, and the mounts then. With the errno of a kernel that is ``older``, if so."""
-    with tempfile.TemporaryDirectory() as top, tempfile.TemporaryFile() as report:
-        pid = os.fork()
-        if pid == 0:
-            try:
-                if older:
-                    refuse(["mount_setattr"])
-                root = os.fsencode(top)
-                said = []
-                for case in cases:
-                    _build(root)
-                    said.append((_change(case), _state(root)))
-                    os.chdir("/")
-                    mount.umount2(root, UmountFlag.MNT_DETACH)
-            except BaseException:
-                said = [(traceback.format_exc(), [])]
-            try:
-                pickle.dump(said, report)
-                report.flush()
-            finally:
-                os._exit(0)
-        os.waitpid(pid, 0)
-        report.seek(0)
-        found = pickle.load(report)
-        assert isinstance(found, list)
-        return found
+
+    def play(root: bytes) -> list[tuple[str, object]]:
+        if older:
+            refuse(["mount_setattr"])
+        said: list[tuple[str, object]] = []
+        for case in cases:
+            _build(root)
+            said.append((_change(case), _state(root)))
+            os.chdir("/")
+            mount.umount2(root, UmountFlag.MNT_DETACH)
+        return said
+
+    return told_by_a_child(play)
 
 
 def test_the_same_becomes_of_trees_without_mount_setattr() -> None:
@@ -174,12 +160,4 @@ def test_what_stands_elsewhere_is_left_to_who_has_it() -> None:
                 for tree in (detached, standing)
             ]
 
-    with tempfile.TemporaryDirectory() as top:
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                status = older(os.fsencode(top)) != [-errno.EINVAL, 0]
-            finally:
-                os._exit(status)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert told_by_a_child(older) == [-errno.EINVAL, 0]
